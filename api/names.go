@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package api holds what every part of skep agrees on: places on a host, names of objects and
+// labels, and default ranges. Kubernetes' own types come from k8s.io/api.
+package api
+
+// Places on a host. All but the data directory are fixed, so that an agent that starts anew, and
+// `skep reset`, find what an earlier process left.
+const (
+	// DefaultDataDir keeps what must survive a reboot: etcd, certificates, images, containers.
+	DefaultDataDir = "/var/lib/skep"
+	// RunDir keeps what must not survive a reboot: namespaces, sockets, containerd's state.
+	RunDir = "/run/skep"
+	// BPFDir is where maps, programs and links are pinned.
+	BPFDir = "/sys/fs/bpf/skep"
+	// ConfigDir keeps what people edit or read.
+	ConfigDir = "/etc/skep"
+	// KubeconfigPath is the administrator's client configuration, mode 0600.
+	KubeconfigPath = ConfigDir + "/kubeconfig"
+	// ServerConfigPath is read by `skep server` when no --config is given and the file exists.
+	ServerConfigPath = ConfigDir + "/server.yaml"
+	// PodLogsDir has the layout that log collectors know from kubelet:
+	// NAMESPACE_NAME_UID/CONTAINER/ATTEMPT.log.
+	PodLogsDir = "/var/log/pods"
+)
+
+// Defaults of the server's flags.
+const (
+	DefaultClusterCIDR   = "10.42.0.0/16,fd73:6b65:7042::/48"
+	DefaultServiceCIDR   = "10.43.0.0/16,fd73:6b65:7043::/112"
+	DefaultClusterDomain = "cluster.local"
+	DefaultAPIPort       = 6443
+	DefaultNodeAPIPort   = 10250
+)
+
+// Names of objects that skep itself creates.
+const (
+	// DNSServiceName, in kube-system, holds the tenth address of each service range.
+	DNSServiceName = "kube-dns"
+	// NodeLocalAnnotation marks a Service whose ClusterIP every node answers itself, on device
+	// skep0: the data plane loads no frontend for it.
+	NodeLocalAnnotation = "skep.io/node-local"
+	// IngressClassName is the default IngressClass, with IngressControllerName as its controller.
+	IngressClassName      = "skep"
+	IngressControllerName = "skep.io/ingress"
+)

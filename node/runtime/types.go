@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package runtime runs containers with containerd, whose server it embeds unless it is given the
+// address of the host's.
+package runtime
+
+import (
+	"context"
+	"io"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"skep.io/skep/node/sandbox"
+)
+
+// Mount is one bind mount into a container.
+type Mount struct {
+	HostPath      string
+	ContainerPath string
+	ReadOnly      bool
+	Propagation   corev1.MountPropagationMode
+}
+
+// ContainerSpec is everything that makes one container: variables are expanded, volumes exist.
+type ContainerSpec struct {
+	PodUID       types.UID
+	PodNamespace string
+	PodName      string
+	Name         string
+	Attempt      int      // restart count of this container
+	ImageID      string   // what Images returned, not what the pod spec says
+	Image        string   // what the pod spec says, for status
+	Command      []string // nil: the image's entrypoint
+	Args         []string // nil: the image's command, unless Command is set
+	WorkingDir   string
+	Env          []string // KEY=VALUE, in order; overrides the image's
+	Mounts       []Mount
+	Sandbox      *sandbox.Sandbox
+	HostPID      bool
+	TargetPID    uint32 // share the PID namespace of this process; 0 for an own one
+	Hostname     string
+	CgroupParent string // the pod's cgroup, relative to each hierarchy's root
+	Resources    corev1.ResourceRequirements
+	OOMScoreAdj  int
+	Security     *corev1.SecurityContext    // the container's
+	PodSecurity  *corev1.PodSecurityContext // the pod's
+	TTY          bool
+	Stdin        bool
+	StdinOnce    bool
+	LogPath      string            // CRI log file
+	Annotations  map[string]string // stored with the container and given back by List
+}
+
+// State of a container's process.
+type State string
+
+// States, as containerd's task has them; Created has no task yet.
+const (
+	Created State = "created"
+	Running State = "running"
+	Exited  State = "exited"
+)
+
+// Container is what the runtime knows; it survives a restart of the agent.
+type Container struct {
+	ID           string // containerd's id; shown to users as containerd://ID
+	PodUID       types.UID
+	PodNamespace string
+	PodName      string
+	Name         string
+	Attempt      int
+	Image        string
+	ImageID      string // repository@digest
+	State        State
+	PID          uint32
+	ExitCode     int32
+	Signal       int32
+	OOMKilled    bool
+	Reason       string // set when the container could not start
+	CreatedAt    time.Time
+	StartedAt    time.Time
+	FinishedAt   time.Time
+	LogPath      string
+	Annotations  map[string]string
+}
+
+// Image is one image on this node.
+type Image struct {
+	ID     string   // digest of the config, the id to create containers with
+	Tags   []string // references that name it
+	Digest string   // repository@digest as status shows it
+	Size   int64    // bytes
+	User   string   // the config's user: for runAsNonRoot
+}
+
+// Auth are credentials for one pull; the zero value is anonymous.
+type Auth struct {
+	Username, Password, IdentityToken string
+}
+
+// Containers is what the pod workers need of the runtime.
+type Containers interface {
+	Create(ctx context.Context, spec ContainerSpec) (id string, err error)
+	Start(ctx context.Context, id string) error
+	// Stop sends the stop signal, waits for grace, then kills. It returns when the process is gone.
+	Stop(ctx context.Context, id string, grace time.Duration) error
+	Remove(ctx context.Context, id string) error
+	// List reports every container of every pod, running or not.
+	List(ctx context.Context) ([]Container, error)
+	// ListPod is List for one pod.
+	ListPod(ctx context.Context, pod types.UID) ([]Container, error)
+	// Exits delivers the pod of each container whose process ended or started; it never blocks the runtime.
+	Exits() <-chan types.UID
+	ExecSync(ctx context.Context, id string, command []string, timeout time.Duration) (stdout, stderr []byte, exitCode int, err error)
+}
+
+// Images is what the pod workers need of the image store. Errors: ErrImageNotFound, ErrPull.
+type Images interface {
+	Get(ctx context.Context, ref string) (Image, error)
+	Pull(ctx context.Context, ref string, auths []Auth) (Image, error)
+	List(ctx context.Context) ([]Image, error)
+	// ImportDir imports image archives (OCI or docker tar) that lie in dir.
+	ImportDir(ctx context.Context, dir string) ([]Image, error)
+}
+
+// Streams carries a session of exec or attach.
+type Streams struct {
+	In       io.Reader
+	Out, Err io.Writer
+	TTY      bool
+	Resize   <-chan Size
+}
+
+// Size of a terminal in characters.
+type Size struct{ Width, Height uint16 }
+
+// Sessions is what the node API needs of the runtime.
+type Sessions interface {
+	Exec(ctx context.Context, id string, command []string, s Streams) (exitCode int, err error)
+	Attach(ctx context.Context, id string, s Streams) error
+	// PortForward joins stream to port on the pod's loopback.
+	PortForward(ctx context.Context, pod types.UID, port uint16, stream io.ReadWriteCloser) error
+}

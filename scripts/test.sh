@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# `make test`: every test, with the coverage of each package. The kernel is real: namespaces,
+# cgroups, BPF programs. What this host cannot run is listed at the end; with CI=true that fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/host.sh
+need_root
+
+install_missing runc runc iptables iptables ip iproute2 busybox busybox-static
+
+skips=$(mktemp)
+trap 'rm -f "$skips"' EXIT
+export SKEP_SKIPS=$skips
+
+status=0
+# One package after the other where the kernel is shared; Go runs two at a time by default here.
+go test -count=1 -timeout 20m -cover ./... || status=$?
+
+if [ -s "$skips" ]; then
+  printf '\nSkipped on this host:\n'
+  sort -u "$skips" | sed 's/^/  /'
+  if [ "${CI:-}" = true ]; then
+    echo "With CI=true a skip is a failure." >&2
+    status=1
+  fi
+fi
+exit $status

@@ -12,6 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"skep.io/skep/dataplane"
+	"skep.io/skep/node/sandbox/cgroup"
 )
 
 // Spec says what the sandbox of one pod must be.
@@ -22,7 +23,8 @@ type Spec struct {
 	Hostname     string // as the UTS namespace shows it; empty with HostNetwork
 	HostNetwork  bool
 	HostIPC      bool
-	CgroupParent string // the pod's cgroup, relative to each hierarchy's root; empty for none
+	CgroupParent string        // the pod's cgroup, relative to each hierarchy's root; empty for none
+	CgroupLimits cgroup.Limits // of the pod's cgroup as a whole
 	Sysctls      map[string]string
 }
 

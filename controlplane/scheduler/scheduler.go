@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package scheduler decides on which node a pod runs.
+//
+// It keeps a snapshot of the cluster that informer events change by differences (snapshot.go), a
+// queue of pods without a node (queue.go), and takes one pod at a time through the filters
+// (filters.go) and the scores (scores.go). A decision is accounted at once and written to the API
+// server in the background (bind.go), so that the next decision does not wait for it. A pod that
+// fits nowhere sleeps until an event on some node could help it (events.go); if pods of lower
+// priority are in its way, they are asked to go (preempt.go).
+//
+// Everything it knows comes from the API: after a restart it starts from the informers' lists.
+package scheduler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	policylisters "k8s.io/client-go/listers/policy/v1"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
+)
+
+// Name is the schedulerName of the pods that this scheduler takes care of, and the source of its
+// events.
+const Name = v1.DefaultSchedulerName
+
+// bindingsInFlight bounds the API calls that write decisions.
+const bindingsInFlight = 64
+
+// Config is what the scheduler needs. All fields but Metrics are required.
+type Config struct {
+	Client    kubernetes.Interface
+	Informers informers.SharedInformerFactory // Pods, Nodes and PodDisruptionBudgets are used
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer
+}
+
+// Scheduler is a running scheduler.
+type Scheduler struct {
+	client   kubernetes.Interface
+	log      *slog.Logger
+	recorder record.EventRecorder
+	budgets  policylisters.PodDisruptionBudgetLister
+	metrics  *metrics
+	reports  *reporter
+	now      func() time.Time
+
+	// mu guards what decisions read and events change. A decision is made under it, together with
+	// where the pod goes next, so no event can fall between the two and be lost.
+	mu       sync.Mutex
+	snapshot *snapshot
+	queue    *queue
+	search   *searcher
+	binding  map[types.UID]*pending // decided, being written
+	doomed   map[types.UID]bool     // victims whose deletion was asked for
+
+	wake  chan struct{} // has an element when the queue may have something to try
+	slots chan struct{} // one element a binding in flight
+	work  sync.WaitGroup
+}
+
+// Run schedules pods until ctx ends. It returns when decisions that were being written are.
+func Run(ctx context.Context, cfg Config) error {
+	if cfg.Client == nil || cfg.Informers == nil || cfg.Log == nil {
+		return errors.New("scheduler: Client, Informers and Log are required")
+	}
+	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
+	defer broadcaster.Shutdown()
+	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: cfg.Client.CoreV1().Events("")})
+	s, err := newScheduler(cfg, broadcaster.NewRecorder(scheme.Scheme, v1.EventSource{Component: Name}))
+	if err != nil {
+		return err
+	}
+	synced, stop, err := s.listen(cfg.Informers)
+	if err != nil {
+		return err
+	}
+	defer stop()
+	cfg.Informers.Start(ctx.Done())
+	// Before every pod and node is known, room that looks free may be taken.
+	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
+		return nil
+	}
+	s.log.Info("scheduler started", "nodes", len(s.snapshot.nodes), "pods", len(s.snapshot.pods))
+	s.work.Go(func() { s.reports.run(ctx) })
+	s.loop(ctx)
+	s.work.Wait()
+	return nil
+}
+
+func newScheduler(cfg Config, recorder record.EventRecorder) (*Scheduler, error) {
+	s := &Scheduler{
+		client:   cfg.Client,
+		log:      cfg.Log.With("component", "scheduler"),
+		recorder: recorder,
+		budgets:  cfg.Informers.Policy().V1().PodDisruptionBudgets().Lister(),
+		now:      time.Now,
+		snapshot: newSnapshot(),
+		queue:    newQueue(),
+		search:   newSearcher(rand.Uint64()),
+		binding:  map[types.UID]*pending{},
+		doomed:   map[types.UID]bool{},
+		wake:     make(chan struct{}, 1),
+		slots:    make(chan struct{}, bindingsInFlight),
+	}
+	s.reports = newReporter(cfg.Client, recorder, s.log)
+	var err error
+	if s.metrics, err = newMetrics(cfg.Metrics, s); err != nil {
+		return nil, fmt.Errorf("scheduler: registering metrics: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Scheduler) loop(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case s.slots <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+		started, next := s.scheduleOne()
+		if started {
+			continue
+		}
+		<-s.slots
+		if next.IsZero() { // nothing to wait for but events
+			timer.Stop()
+		} else {
+			timer.Reset(next.Sub(s.now()))
+		}
+		select {
+		case <-s.wake:
+		case <-timer.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// scheduleOne takes pods from the queue until one has found a node, and starts the writing of that;
+// the writer frees the slot. started is false when the queue has nothing to try before next.
+func (s *Scheduler) scheduleOne() (started bool, next time.Time) {
+	for {
+		s.mu.Lock()
+		now := s.now()
+		item, next := s.queue.pop(now)
+		if item == nil {
+			s.mu.Unlock()
+			return false, next
+		}
+		began := time.Now()
+		chosen, failed := s.search.decide(item.pod, s.snapshot)
+		if chosen != nil {
+			s.assume(item, chosen)
+			s.mu.Unlock()
+			s.metrics.attempt("scheduled", began)
+			s.work.Go(func() {
+				defer func() { <-s.slots }()
+				s.bind(item, chosen.name)
+			})
+			return true, time.Time{}
+		}
+		s.reject(item, failed, now)
+		s.mu.Unlock()
+		s.metrics.attempt("unschedulable", began)
+	}
+}
+
+// assume accounts the pod as if it were bound already.
+func (s *Scheduler) assume(item *pending, n *node) {
+	s.queue.remove(item.pod.uid)
+	s.binding[item.pod.uid] = item
+	s.snapshot.nominate(item.pod, "")
+	s.snapshot.setPod(item.pod, n.name)
+}
+
+// reject puts the pod to sleep, makes room for it where that is allowed, and has the reasons told.
+func (s *Scheduler) reject(item *pending, d *diagnosis, now time.Time) {
+	r := report{pod: item.pod.object, reason: v1.PodReasonUnschedulable, nominated: item.pod.nominated}
+	if d.nodes > 0 {
+		if room := s.search.preempt(item.pod, s.snapshot, d, s.disruptionBudgets(), s.doomed, now); room != nil {
+			s.makeRoom(item.pod, room, now)
+			r.nominated = room.node.name
+		} else if d.note != reasonVictimsTerminate && item.pod.nominated != "" {
+			s.release(item.pod, now)
+			r.nominated = ""
+		}
+	}
+	r.message = d.message()
+	s.queue.sleep(item, now)
+	s.reports.tell(r)
+}
+
+// release takes a nomination back; others may have waited for what it reserved.
+func (s *Scheduler) release(p *pod, now time.Time) {
+	freed := s.snapshot.byName[p.nominated]
+	s.snapshot.nominate(p, "")
+	s.wakeFor(freed, now)
+}
+
+// poke tells the loop that the queue may have something to try.
+func (s *Scheduler) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default: // it has been told and not looked yet
+	}
+}

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package apiserver
+
+import (
+	"fmt"
+
+	"k8s.io/apiserver/pkg/util/webhook"
+	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app"
+	"k8s.io/kubernetes/cmd/kube-apiserver/app/options"
+	controlplaneapiserver "k8s.io/kubernetes/pkg/controlplane/apiserver"
+)
+
+// buildChain makes the three servers. A request passes the aggregator, then the built-in groups,
+// then custom resources, then not-found; the first that knows the path answers.
+func buildChain(o options.CompletedOptions, g generic) (*aggregatorapiserver.APIAggregator, error) {
+	kube, resolver, admission, err := app.CreateKubeAPIServerConfig(o, g.config, g.informers, g.storage)
+	if err != nil {
+		return nil, fmt.Errorf("built-in groups: %w", err)
+	}
+	cp := &kube.ControlPlane
+	config := &app.Config{Options: o, KubeAPIs: kube}
+
+	config.ApiExtensions, err = controlplaneapiserver.CreateAPIExtensionsConfig(*cp.Generic, cp.VersionedInformers, admission, o.CompletedOptions, o.MasterCount,
+		resolver, webhook.NewDefaultAuthenticationInfoResolverWrapper(cp.ProxyTransport, cp.Generic.EgressSelector, cp.Generic.LoopbackClientConfig, cp.Generic.TracerProvider))
+	if err != nil {
+		return nil, fmt.Errorf("custom resources: %w", err)
+	}
+	config.Aggregator, err = controlplaneapiserver.CreateAggregatorConfig(*cp.Generic, o.CompletedOptions, cp.VersionedInformers, resolver, cp.ProxyTransport, cp.PeerProxy, admission)
+	if err != nil {
+		return nil, fmt.Errorf("aggregator: %w", err)
+	}
+	completed, err := config.Complete()
+	if err != nil {
+		return nil, err
+	}
+	aggregator, err := app.CreateServerChain(completed)
+	if err != nil {
+		return nil, err
+	}
+	return aggregator, nil
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package apiserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"time"
+
+	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/client-go/rest"
+	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
+)
+
+// Server is one API server.
+type Server struct {
+	cfg        Config
+	etcd       string // the store's name among in-process stores
+	aggregator *aggregatorapiserver.APIAggregator
+	transport  *inProcess
+	identities *identities
+	host       string
+	ready      chan struct{}
+	started    bool
+}
+
+// New assembles a server and opens its port, so that a port already taken is an error here. Run
+// must be called, even if only with a context that has ended, to close it again.
+func New(ctx context.Context, cfg Config) (*Server, error) {
+	cfg, err := cfg.complete()
+	if err != nil {
+		return nil, err
+	}
+	if err := setProcessWide(); err != nil {
+		return nil, fmt.Errorf("apiserver: %w", err)
+	}
+	certs, err := cfg.certificates()
+	if err != nil {
+		return nil, err
+	}
+	listener := cfg.Listener
+	if listener == nil {
+		if listener, err = listen(ctx, cfg); err != nil {
+			return nil, err
+		}
+	}
+	s := &Server{
+		cfg:        cfg,
+		etcd:       registerStore(cfg.Store),
+		transport:  &inProcess{log: cfg.Log},
+		identities: newIdentities(),
+		host:       "https://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(listener.Addr().(*net.TCPAddr).Port)),
+		ready:      make(chan struct{}),
+	}
+	if err := s.assemble(ctx, certs, listener); err != nil {
+		listener.Close()
+		unregisterStore(s.etcd)
+		return nil, fmt.Errorf("apiserver: %w", err)
+	}
+	return s, nil
+}
+
+func listen(ctx context.Context, cfg Config) (net.Listener, error) {
+	addr := net.JoinHostPort(cfg.BindAddress.String(), strconv.Itoa(cfg.Port))
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("apiserver: %w; stop what uses the port, or choose another", err)
+	}
+	return l, nil
+}
+
+func (s *Server) assemble(ctx context.Context, certs certificates, listener net.Listener) error {
+	o, err := upstreamOptions(ctx, s.cfg, certs, listener, s.etcd)
+	if err != nil {
+		return err
+	}
+	announceProgress(ctx, s.etcd, s.cfg.Store.Client())
+	loopback := inProcessConfig(s.transport, s.host, s.identities.token(user.APIServerUser, []string{user.SystemPrivilegedGroup}))
+	g, err := buildGeneric(ctx, o, loopback, s.identities)
+	if err != nil {
+		return err
+	}
+	s.aggregator, err = buildChain(o, g)
+	return err
+}
+
+// ClientConfig returns a configuration for a client in this process that acts as userName in
+// groups (system:authenticated is added). Its requests never leave the process. It may be used
+// before the server runs: requests are refused until then. The caller may change it.
+func (s *Server) ClientConfig(userName string, groups ...string) *rest.Config {
+	return inProcessConfig(s.transport, s.host, s.identities.token(userName, groups))
+}
+
+// Ready is closed once /readyz has answered ok.
+func (s *Server) Ready() <-chan struct{} { return s.ready }
+
+// Run serves until ctx ends, then refuses new requests, ends watches, and returns when what was in
+// progress is answered. It returns earlier if the store fails. It may be called once.
+func (s *Server) Run(ctx context.Context) error {
+	if s.started {
+		return errors.New("apiserver: Run was called before")
+	}
+	s.started = true
+	defer unregisterStore(s.etcd)
+	defer s.transport.serve(nil)
+
+	prepared, err := s.aggregator.PrepareRun()
+	if err != nil {
+		return fmt.Errorf("apiserver: %w", err)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	handler := s.aggregator.GenericAPIServer.Handler
+	s.transport.serve(handler)
+	go s.announceReady(ctx, handler)
+	go s.renewCertificates(ctx)
+	go func() {
+		select {
+		case <-s.cfg.Store.Failed():
+			cancel(s.cfg.Store.Err())
+		case <-ctx.Done():
+		}
+	}()
+	if err := prepared.Run(ctx); err != nil {
+		return fmt.Errorf("apiserver: %w", err)
+	}
+	if err := s.cfg.Store.Err(); err != nil {
+		return fmt.Errorf("apiserver: %w", err)
+	}
+	return nil
+}
+
+// readyPoll is how often /readyz is asked at start. Upstream has no event for "ready": it is what
+// some sixty checks say when asked.
+const readyPoll = 5 * time.Millisecond
+
+func (s *Server) announceReady(ctx context.Context, h http.Handler) {
+	tick := time.NewTicker(readyPoll)
+	defer tick.Stop()
+	for {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodGet, "/readyz", nil))
+		if w.Code == http.StatusOK {
+			close(s.ready)
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"sync"
+	"syscall"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// failure records the first thing that etcd cannot survive.
+type failure struct {
+	dir  string
+	once sync.Once
+	err  error
+	ch   chan struct{}
+}
+
+func newFailure(dir string) *failure { return &failure{dir: dir, ch: make(chan struct{})} }
+
+// OnWrite is called by zap in place of os.Exit and panic. The goroutine ends with its deferred
+// calls, as if etcd had returned; everything that waits for it sees ch closed.
+func (f *failure) OnWrite(entry *zapcore.CheckedEntry, fields []zapcore.Field) {
+	f.set(classify(f.dir, entry.Message, fields))
+	runtime.Goexit()
+}
+
+func (f *failure) set(err error) {
+	f.once.Do(func() {
+		f.err = err
+		close(f.ch)
+	})
+}
+
+// classify gives etcd's last words a sentinel and a remedy.
+func classify(dir, message string, fields []zapcore.Field) error {
+	var cause error
+	for _, field := range fields {
+		if err, ok := field.Interface.(error); ok && field.Type == zapcore.ErrorType {
+			cause = err
+		}
+	}
+	switch {
+	case errors.Is(cause, syscall.ENOSPC):
+		return fmt.Errorf("%w: %s: %s: %w; free some space and start again", ErrNoSpace, dir, message, cause)
+	case errors.Is(cause, syscall.EIO), errors.Is(cause, syscall.EROFS), errors.Is(cause, syscall.EACCES):
+		return fmt.Errorf("%w: %s: %s: %w; look at the disk", ErrFailed, dir, message, cause)
+	case cause != nil:
+		return fmt.Errorf("%w: %s: %s: %w; restore the directory from a backup, or move it away to start an empty cluster", ErrCorrupt, dir, message, cause)
+	}
+	return fmt.Errorf("%w: %s: %s", ErrFailed, dir, message)
+}
+
+// newLogger gives etcd a zap logger that writes to log from level warn on (its own start is told
+// in thirty lines at level info, which here is debug), and that ends goroutines through f.
+func newLogger(log *slog.Logger, f *failure) *zap.Logger {
+	return zap.New(&slogCore{log: log.With("component", "etcd")}, zap.WithFatalHook(f), zap.WithPanicHook(f))
+}
+
+type slogCore struct{ log *slog.Logger }
+
+func slogLevel(l zapcore.Level) slog.Level {
+	switch {
+	case l >= zapcore.ErrorLevel:
+		return slog.LevelError
+	case l == zapcore.WarnLevel:
+		return slog.LevelWarn
+	}
+	return slog.LevelDebug
+}
+
+func (c *slogCore) Enabled(l zapcore.Level) bool {
+	return c.log.Enabled(context.Background(), slogLevel(l))
+}
+
+func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
+	return &slogCore{log: c.log.With(attrs(fields)...)}
+}
+
+func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(e.Level) {
+		return ce.AddCore(e, c)
+	}
+	return ce
+}
+
+func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	c.log.Log(context.Background(), slogLevel(e.Level), e.Message, attrs(fields)...)
+	return nil
+}
+
+func (c *slogCore) Sync() error { return nil }
+
+func attrs(fields []zapcore.Field) []any {
+	enc := zapcore.NewMapObjectEncoder()
+	out := make([]any, 0, len(fields))
+	for _, f := range fields {
+		f.AddTo(enc)
+		if v, ok := enc.Fields[f.Key]; ok {
+			out = append(out, slog.Any(f.Key, v))
+		}
+	}
+	return out
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
+)
+
+// Free bytes that a start asks for. etcd preallocates two log segments of 64 MB each when it
+// creates a member, and one when a segment is full.
+const (
+	minFreeNew      = 160 << 20
+	minFreeExisting = 8 << 20
+)
+
+// onDisk is what a data directory holds, as far as it decides whether etcd may touch it.
+type onDisk struct {
+	wal       bool   // at least one log segment
+	db        bool   // the database file has content
+	dbErr     error  // why the database cannot be opened
+	committed bool   // the database has applied at least one log entry
+	free      uint64 // bytes available on the file system
+}
+
+// inspect reads dir without changing anything in it.
+func inspect(dir string) (onDisk, error) {
+	var d onDisk
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return d, fmt.Errorf("statfs %s: %w", dir, err)
+	}
+	d.free = st.Bavail * uint64(st.Bsize)
+
+	segments, err := os.ReadDir(filepath.Join(dir, "member", "wal"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return d, err
+	}
+	for _, s := range segments {
+		d.wal = d.wal || strings.HasSuffix(s.Name(), ".wal")
+	}
+
+	db := filepath.Join(dir, "member", "snap", "db")
+	fi, err := os.Stat(db)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return d, nil
+	case err != nil:
+		return d, err
+	case fi.Size() == 0:
+		return d, nil
+	}
+	d.db = true
+	d.committed, d.dbErr = peek(db)
+	return d, nil
+}
+
+// peek opens a bolt database read-only, walks its root and says whether etcd has applied an entry.
+// bolt maps the file: a file cut short shows as SIGBUS and a broken page as a panic.
+func peek(path string) (committed bool, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%v", r)
+		}
+	}()
+	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: time.Second})
+	if err != nil {
+		if errors.Is(err, bolterrors.ErrTimeout) {
+			return false, ErrLocked
+		}
+		return false, err
+	}
+	defer db.Close()
+	return committed, db.View(func(tx *bolt.Tx) error {
+		if size := tx.Size(); size > 0 {
+			fi, err := os.Stat(path)
+			if err != nil {
+				return err
+			}
+			if fi.Size() < size {
+				return fmt.Errorf("file has %d bytes of %d", fi.Size(), size)
+			}
+		}
+		return tx.ForEach(func(name []byte, b *bolt.Bucket) error {
+			if string(name) == "meta" {
+				for _, c := range b.Get([]byte("consistent_index")) {
+					committed = committed || c != 0
+				}
+			}
+			return nil
+		})
+	})
+}
+
+// judge says whether etcd may start on what inspect found. A directory with half of its parts is
+// refused: etcd would start an empty member over the other half.
+func judge(d onDisk, dir string) error {
+	const remedy = "restore the directory from a backup, or move it away to start an empty cluster"
+	switch {
+	case errors.Is(d.dbErr, ErrLocked):
+		return fmt.Errorf("%w: another process has opened the database in %s; stop it", ErrLocked, dir)
+	case d.dbErr != nil:
+		return fmt.Errorf("%w: %s/member/snap/db: %v; %s", ErrCorrupt, dir, d.dbErr, remedy)
+	case d.wal && !d.db:
+		return fmt.Errorf("%w: %s has a write-ahead log but no database; %s", ErrCorrupt, dir, remedy)
+	case !d.wal && d.committed:
+		return fmt.Errorf("%w: %s has a database but no write-ahead log; %s", ErrCorrupt, dir, remedy)
+	}
+	need := uint64(minFreeExisting)
+	if !d.wal {
+		need = minFreeNew
+	}
+	if d.free < need {
+		return fmt.Errorf("%w: %s has %d MiB free, a start needs %d MiB; free some, or choose another --data-dir", ErrNoSpace, dir, d.free>>20, need>>20)
+	}
+	return nil
+}

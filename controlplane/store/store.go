@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+)
+
+// Endpoint is the name by which callers that insist on an endpoint may call the store. Nothing
+// listens there.
+const Endpoint = "in-process"
+
+// Config says where the store keeps its data.
+type Config struct {
+	// DataDir holds lock and etcd/. It is made with mode 0700.
+	DataDir string
+	// LockWait is how long to wait for another process that holds DataDir; 0 fails at once.
+	LockWait time.Duration
+	// Log receives etcd's own messages too.
+	Log *slog.Logger
+}
+
+// Store is one running etcd member.
+type Store struct {
+	client  *clientv3.Client
+	etcd    *embed.Etcd
+	failure *failure
+	lock    *os.File
+	cancel  context.CancelFunc
+	loops   sync.WaitGroup
+	once    sync.Once
+}
+
+// Raft's clock. There is nobody to agree with, so the only thing that a tick costs is the wait for
+// the member to elect itself at start (one to five ticks) and a wake-up of an idle process.
+const (
+	tickMs     = 20
+	electionMs = 5 * tickMs
+)
+
+// quotaBytes is where etcd starts to refuse writes (etcd's own recommended ceiling).
+const quotaBytes = 8 << 30
+
+// Open locks cfg.DataDir and starts etcd in it. It returns ErrLocked, ErrCorrupt or ErrNoSpace
+// without having changed any data, or the error of ctx.
+func Open(ctx context.Context, cfg Config) (*Store, error) {
+	log := cfg.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.DataDir == "" {
+		return nil, errors.New("store: no data directory given")
+	}
+	dir := filepath.Join(cfg.DataDir, "etcd")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	lock, err := takeLock(ctx, filepath.Join(cfg.DataDir, "lock"), cfg.LockWait)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	s := &Store{failure: newFailure(dir), lock: lock}
+	if err := s.start(ctx, dir, log); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	loopCtx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	s.loops.Go(func() { s.defragLoop(loopCtx, log) })
+	return s, nil
+}
+
+func (s *Store) start(ctx context.Context, dir string, log *slog.Logger) error {
+	if err := os.Chmod(dir, 0o700); err != nil { // etcd refuses anything wider
+		return err
+	}
+	found, err := inspect(dir)
+	if err != nil {
+		return err
+	}
+	if err := judge(found, dir); err != nil {
+		return err
+	}
+
+	cfg := etcdConfig(dir)
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newLogger(log, s.failure))
+	started := make(chan error, 1)
+	go func() {
+		defer func() {
+			// bolt panics on a page it cannot read; say so instead of ending the process.
+			if r := recover(); r != nil {
+				s.failure.set(fmt.Errorf("%w: %s: %v; restore the directory from a backup", ErrCorrupt, dir, r))
+			}
+		}()
+		etcd, err := embed.StartEtcd(cfg)
+		s.etcd = etcd
+		started <- err
+	}()
+	select {
+	case err := <-started:
+		if err != nil {
+			return fmt.Errorf("start etcd in %s: %w", dir, err)
+		}
+	case <-s.failure.ch:
+		return s.failure.err
+	}
+	select {
+	case <-s.etcd.Server.ReadyNotify():
+	case <-s.failure.ch:
+		return s.failure.err
+	case <-ctx.Done():
+		s.etcd.Close()
+		return ctx.Err()
+	}
+	s.client = v3client.New(s.etcd.Server)
+	return nil
+}
+
+// etcdConfig is a single member that nobody can reach.
+func etcdConfig(dir string) *embed.Config {
+	cfg := embed.NewConfig()
+	cfg.Name = "skep"
+	cfg.Dir = dir
+	// etcd wants a name for itself even where nothing listens. It is stored in the member list,
+	// so it must not change.
+	self := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
+	cfg.AdvertisePeerUrls = []url.URL{self}
+	cfg.AdvertiseClientUrls = []url.URL{self}
+	cfg.ListenPeerUrls = []url.URL{}
+	cfg.ListenClientUrls = []url.URL{}
+	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	cfg.EnableGRPCGateway = false
+
+	cfg.TickMs, cfg.ElectionMs = tickMs, electionMs
+	cfg.UnsafeNoFsync = false
+	cfg.QuotaBackendBytes = quotaBytes
+	// The API server compacts every five minutes; it must keep what its watches still need.
+	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModePeriodic, "0"
+	// Followers that fall behind would need old log entries in memory. There are none.
+	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 5000, 100
+	return cfg
+}
+
+// Client calls etcd directly. It is shared: the caller must not close it, nor change its fields.
+func (s *Store) Client() *clientv3.Client { return s.client }
+
+// Failed is closed when etcd can no longer work; Err says why.
+func (s *Store) Failed() <-chan struct{} { return s.failure.ch }
+
+// Err is nil until Failed is closed.
+func (s *Store) Err() error {
+	select {
+	case <-s.failure.ch:
+		return s.failure.err
+	default:
+		return nil
+	}
+}
+
+// Close stops etcd after what it has accepted is on disk, and releases the lock. Watches and
+// requests in progress end with an error. After a failure it only releases the lock.
+func (s *Store) Close() error {
+	s.once.Do(func() {
+		s.cancel()
+		s.loops.Wait()
+		closed := make(chan struct{})
+		go func() {
+			defer close(closed)
+			// A client's Close reports that its context was cancelled, which is what it does.
+			_ = s.client.Close()
+			s.etcd.Close()
+		}()
+		select {
+		case <-closed:
+		case <-s.failure.ch:
+		}
+		s.lock.Close()
+	})
+	return s.Err()
+}

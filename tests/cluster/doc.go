@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package cluster starts skep on machines that are namespaces: each node has its own network,
+// mount, UTS and cgroup namespace, its own cgroup in every hierarchy, and no route out. Process ids
+// are the host's, because a shim has to outlive the server that started it.
+//
+// A process of this package inside a node is the running binary calling itself, so a program that
+// uses the package calls [Helper] first thing in main or TestMain.
+package cluster
+
+import (
+	"fmt"
+	"os"
+)
+
+// helperArg marks a call of the binary to itself; it is no flag that anybody types.
+const helperArg = "skep-cluster-helper"
+
+// helpers is every role such a call can have.
+var helpers = map[string]func(args []string) error{
+	"join":  joinMain,  // stage one of a node's init: enter fresh cgroups and namespaces
+	"init":  initMain,  // stage two: mounts, then start and reap what it is told to
+	"enter": enterMain, // run one command inside a node
+	"leaks": leaksMain, // print what exists in the node, as JSON
+	"http":  httpMain,  // a small client
+	"load":  loadMain,  // requests until told to stop
+	"serve": serveMain, // a small server, for what a test wants outside the cluster
+	"dial":  dialMain,  // one connection, and what became of it
+}
+
+// Helper runs the role that the command line names and ends the process; it returns at once in
+// every other process.
+func Helper() {
+	if len(os.Args) < 3 || os.Args[1] != helperArg {
+		return
+	}
+	run, ok := helpers[os.Args[2]]
+	if !ok {
+		fmt.Fprintf(os.Stderr, "unknown helper %q\n", os.Args[2])
+		os.Exit(2)
+	}
+	if err := run(os.Args[3:]); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// self is the command line of a helper.
+func self(role string, args ...string) []string {
+	return append([]string{"/proc/self/exe", helperArg, role}, args...)
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/spf13/cobra"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"skep.io/skep/api"
+)
+
+// useDefaultKubeconfig points kubectl's loading rules at /etc/skep/kubeconfig when nothing else is
+// set: neither $KUBECONFIG nor ~/.kube/config. An explicit --kubeconfig wins over both, as ever.
+func useDefaultKubeconfig() {
+	if os.Getenv(clientcmd.RecommendedConfigPathEnvVar) != "" {
+		return
+	}
+	if _, err := os.Stat(clientcmd.RecommendedHomeFile); err == nil {
+		return
+	}
+	if _, err := os.Stat(api.KubeconfigPath); os.IsNotExist(err) {
+		return
+	}
+	// The loading rules are built deep inside kubectl from this variable, and nowhere else.
+	_ = os.Setenv(clientcmd.RecommendedConfigPathEnvVar, api.KubeconfigPath)
+}
+
+var errNoCluster = fmt.Errorf("no cluster is configured: neither $KUBECONFIG, %s nor %s exists; start one with `skep server`, or name a server with --server",
+	clientcmd.RecommendedHomeFile, api.KubeconfigPath)
+
+// clientConfig is the configuration that kubectl's verbs would use, for skep's own.
+func clientConfig(cmd *cobra.Command) (*rest.Config, error) {
+	if !clusterConfigured(cmd) {
+		return nil, errNoCluster
+	}
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	overrides := &clientcmd.ConfigOverrides{}
+	for name, target := range map[string]*string{
+		"kubeconfig": &rules.ExplicitPath, "context": &overrides.CurrentContext, "server": &overrides.ClusterInfo.Server,
+	} {
+		if f := cmd.Flags().Lookup(name); f != nil {
+			*target = f.Value.String()
+		}
+	}
+	return clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides).ClientConfig()
+}
+
+// offlineVerbs work without a cluster.
+var offlineVerbs = []string{
+	"completion", "config", "help", "kuberc", "kustomize", "options", "plugin",
+	cobra.ShellCompRequestCmd, cobra.ShellCompNoDescRequestCmd,
+}
+
+// needCluster makes kubectl's verbs say what is missing when no cluster is configured at all, in
+// place of kubectl's attempt at localhost:8080, where nobody has listened for years.
+func needCluster(root *cobra.Command) {
+	next := root.PersistentPreRunE
+	root.PersistentPreRunE = func(cmd *cobra.Command, args []string) error {
+		verb := verbOf(cmd)
+		if cmd.HasParent() && !slices.Contains(offlineVerbs, verb) && !isOwnVerb(verb) && !clusterConfigured(cmd) {
+			return fail("%w", errNoCluster)
+		}
+		return next(cmd, args)
+	}
+}
+
+// verbOf is the name of the command right below the root.
+func verbOf(cmd *cobra.Command) string {
+	for cmd.HasParent() && cmd.Parent().HasParent() {
+		cmd = cmd.Parent()
+	}
+	return cmd.Name()
+}
+
+func clusterConfigured(cmd *cobra.Command) bool {
+	for _, name := range []string{"kubeconfig", "server"} {
+		if f := cmd.Flags().Lookup(name); f != nil && f.Value.String() != "" {
+			return true
+		}
+	}
+	if os.Getenv(clientcmd.RecommendedConfigPathEnvVar) != "" || os.Getenv("KUBERNETES_SERVICE_HOST") != "" {
+		return true
+	}
+	_, err := os.Stat(clientcmd.RecommendedHomeFile)
+	return err == nil
+}

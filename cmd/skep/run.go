@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"runtime/debug"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"skep.io/skep/controlplane/apiserver"
+	"skep.io/skep/controlplane/pki"
+	"skep.io/skep/controlplane/scheduler"
+	"skep.io/skep/controlplane/store"
+)
+
+// A part runs until its context ends. When one fails, all end: a node without its data plane, or a
+// control plane without controllers, would only look alive.
+type part struct {
+	name string
+	run  func(context.Context) error
+}
+
+// process is what the parts share.
+type process struct {
+	settings  serverSettings
+	log       *slog.Logger
+	metrics   prometheus.Registerer
+	authority *pki.Authority
+	server    *apiserver.Server
+	// informers keeps the cluster-wide objects that several parts want, once for all of them.
+	informers informers.SharedInformerFactory
+}
+
+// runServer starts every part and returns when ctx ends or one of them fails.
+func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
+	release, err := claimHost()
+	if err != nil {
+		return err
+	}
+	defer release()
+
+	started := time.Now()
+	authority, err := pki.Open(filepath.Join(s.dataDir, "server", "tls"))
+	if err != nil {
+		return err
+	}
+	etcd, err := store.Open(ctx, store.Config{DataDir: filepath.Join(s.dataDir, "server"), Log: log.With("part", "store")})
+	if err != nil {
+		return err
+	}
+	server, err := apiserver.New(ctx, apiserver.Config{
+		Store: etcd, PKI: authority,
+		BindAddress: s.bindAddress, Port: s.securePort, AdvertiseAddress: s.advertiseAddress, ExtraSANs: s.tlsSANs,
+		ServiceCIDRs: s.serviceCIDRs, NodePortRange: s.nodePortRange.String(), ClusterDomain: s.clusterDomain,
+		Log: log.With("part", "apiserver"),
+	})
+	if err != nil {
+		return errors.Join(err, etcd.Close())
+	}
+
+	p := &process{settings: s, log: log, metrics: prometheus.NewRegistry(), authority: authority, server: server}
+	shared, err := p.client("system:skep", "system:masters")
+	if err != nil {
+		return errors.Join(err, etcd.Close())
+	}
+	p.informers = informers.NewSharedInformerFactoryWithOptions(shared, 0, informers.WithTransform(dropManagedFields))
+
+	parts, err := p.parts(ctx)
+	if err == nil {
+		log.Info("starting", "node", s.nodeName, "version", skepVersion, "data", s.dataDir)
+		err = runParts(ctx, append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }}))
+	}
+	return errors.Join(err, etcd.Close())
+}
+
+// parts lists everything that runs in this process: the place to add a part.
+func (p *process) parts(context.Context) ([]part, error) {
+	schedulerClient, err := p.client("system:kube-scheduler")
+	if err != nil {
+		return nil, err
+	}
+	return []part{
+		{"apiserver", p.server.Run},
+		{"scheduler", func(ctx context.Context) error {
+			return scheduler.Run(ctx, scheduler.Config{Client: schedulerClient, Informers: p.informers,
+				Log: p.log.With("part", "scheduler"), Metrics: p.metrics})
+		}},
+	}, nil
+}
+
+// runParts runs all parts until ctx ends or the first of them returns an error.
+func runParts(ctx context.Context, parts []part) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, part := range parts {
+		group.Go(func() error {
+			err := part.run(ctx)
+			if err != nil && !(ctx.Err() != nil && errors.Is(err, context.Canceled)) {
+				return fmt.Errorf("%s: %w", part.name, err)
+			}
+			return nil
+		})
+	}
+	return group.Wait()
+}
+
+// config is the in-process configuration of a client that acts as user.
+func (p *process) config(user string, groups ...string) *rest.Config {
+	c := p.server.ClientConfig(user, groups...)
+	c.UserAgent = "skep/" + skepVersion
+	return c
+}
+
+func (p *process) client(user string, groups ...string) (kubernetes.Interface, error) {
+	return kubernetes.NewForConfig(p.config(user, groups...))
+}
+
+// announce writes the administrator's kubeconfig once the API is ready, and gives back the memory
+// that starting took.
+func (p *process) announce(ctx context.Context, started time.Time) error {
+	select {
+	case <-p.server.Ready():
+	case <-ctx.Done():
+		return nil
+	}
+	cert, key, err := p.authority.IssueClient("kubernetes-admin", []string{"system:masters"})
+	if err != nil {
+		return err
+	}
+	url := "https://" + net.JoinHostPort(p.localAPIHost(), strconv.Itoa(p.settings.securePort))
+	if err := pki.WriteKubeconfig(p.settings.kubeconfigPath, url, p.authority.CAPEM(), cert, key); err != nil {
+		return fmt.Errorf("kubeconfig: %w", err)
+	}
+	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))
+
+	// The informers' first lists and OpenAPI leave garbage that the runtime would keep for minutes.
+	select {
+	case <-time.After(10 * time.Second):
+		debug.FreeOSMemory()
+	case <-ctx.Done():
+	}
+	return nil
+}
+
+// localAPIHost is the address by which programs on this host reach the API.
+func (p *process) localAPIHost() string {
+	switch ip := p.settings.bindAddress; {
+	case !ip.IsUnspecified():
+		return ip.String()
+	default:
+		return "127.0.0.1"
+	}
+}
+
+// dropManagedFields frees the informers' objects of what no part reads. An update without managed
+// fields leaves the stored ones alone.
+func dropManagedFields(object any) (any, error) {
+	if accessor, err := meta.Accessor(object); err == nil {
+		accessor.SetManagedFields(nil)
+	}
+	return object, nil
+}

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/duration"
+	"k8s.io/cli-runtime/pkg/genericiooptions"
+	"k8s.io/client-go/kubernetes"
+)
+
+func newStatusCommand(streams genericiooptions.IOStreams) *cobra.Command {
+	var wait time.Duration
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show whether the cluster works: API, nodes, pods",
+		Long: "Show whether the cluster works: API, nodes, pods.\n\n" +
+			"The exit status is 1 if the API does not answer or a node is not Ready.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, stop := untilSignal(cmd)
+			defer stop()
+			return runStatus(ctx, cmd, streams, wait)
+		},
+	}
+	c.Flags().DurationVar(&wait, "wait", 0, "Wait this long for the API to answer and a node to be Ready")
+	return c
+}
+
+func runStatus(ctx context.Context, cmd *cobra.Command, streams genericiooptions.IOStreams, wait time.Duration) error {
+	if wait > 0 {
+		if err := waitForCluster(ctx, cmd, wait); err != nil {
+			return err
+		}
+	}
+	config, err := clientConfig(cmd)
+	if err != nil {
+		return fail("%w", err)
+	}
+	config.Timeout = 10 * time.Second
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return err
+	}
+	ready, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").Param("verbose", "").DoRaw(ctx)
+	if err != nil {
+		return fail("the API at %s does not answer: %w", config.Host, err)
+	}
+	nodes, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return fail("list nodes: %w", err)
+	}
+	pods, err := client.CoreV1().Pods("").List(ctx, metav1.ListOptions{ResourceVersion: "0"})
+	if err != nil {
+		return fail("list pods: %w", err)
+	}
+	version, err := client.Discovery().ServerVersion()
+	if err != nil {
+		return fail("version of the API: %w", err)
+	}
+	fmt.Fprintf(streams.Out, "API     %s, Kubernetes %s, %s\n\n", config.Host, version.GitVersion, readyzSummary(string(ready)))
+	unready := printNodes(streams.Out, nodes.Items, pods.Items, time.Now())
+	if troubled := troubledPods(pods.Items); len(troubled) > 0 {
+		fmt.Fprintf(streams.Out, "\nPods that need a look (skep describe pod -n NAMESPACE NAME):\n  %s\n", strings.Join(troubled, "\n  "))
+	}
+	if len(nodes.Items) == 0 {
+		return fail("no node has registered yet")
+	}
+	if unready > 0 {
+		return fail("%d of %d nodes are not Ready", unready, len(nodes.Items))
+	}
+	return nil
+}
+
+// readyzSummary turns /readyz?verbose into a phrase that names what fails.
+func readyzSummary(verbose string) string {
+	var failed []string
+	checks := 0
+	for line := range strings.Lines(verbose) {
+		switch {
+		case strings.HasPrefix(line, "[+]"):
+			checks++
+		case strings.HasPrefix(line, "[-]"):
+			checks++
+			name, _, _ := strings.Cut(line[3:], " ")
+			failed = append(failed, name)
+		}
+	}
+	if len(failed) > 0 {
+		return "failing: " + strings.Join(failed, ", ")
+	}
+	return fmt.Sprintf("%d health checks pass", checks)
+}
+
+// printNodes writes a table of nodes and returns how many are not Ready.
+func printNodes(out io.Writer, nodes []corev1.Node, pods []corev1.Pod, now time.Time) (unready int) {
+	running := map[string]int{}
+	total := map[string]int{}
+	for _, p := range pods {
+		total[p.Spec.NodeName]++
+		if p.Status.Phase == corev1.PodRunning {
+			running[p.Spec.NodeName]++
+		}
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(w, "NODE\tSTATUS\tPODS RUNNING\tADDRESSES\tAGE\tVERSION")
+	for _, n := range nodes {
+		state := nodeState(n)
+		if state != "Ready" {
+			unready++
+		}
+		var addrs []string
+		for _, a := range n.Status.Addresses {
+			if a.Type == corev1.NodeInternalIP {
+				addrs = append(addrs, a.Address)
+			}
+		}
+		fmt.Fprintf(w, "%s\t%s\t%d/%d\t%s\t%s\t%s\n", n.Name, state, running[n.Name], total[n.Name],
+			strings.Join(addrs, ","), duration.HumanDuration(now.Sub(n.CreationTimestamp.Time)), n.Status.NodeInfo.KubeletVersion)
+	}
+	_ = w.Flush() // what it writes to is the terminal: there is nobody else to tell
+	return unready
+}
+
+// nodeState is "Ready", or why not.
+func nodeState(n corev1.Node) string {
+	for _, c := range n.Status.Conditions {
+		if c.Type != corev1.NodeReady {
+			continue
+		}
+		if c.Status == corev1.ConditionTrue {
+			return "Ready"
+		}
+		return "NotReady (" + cmp.Or(c.Message, c.Reason, string(c.Status)) + ")"
+	}
+	return "NotReady (has not reported yet)"
+}
+
+// troubledPods names pods with a container that waits for a reason other than being started.
+func troubledPods(pods []corev1.Pod) []string {
+	var troubled []string
+	for _, p := range pods {
+		for _, c := range slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses) {
+			if w := c.State.Waiting; w != nil && w.Reason != "ContainerCreating" && w.Reason != "PodInitializing" {
+				troubled = append(troubled, fmt.Sprintf("%s/%s: container %s: %s", p.Namespace, p.Name, c.Name, w.Reason))
+			}
+		}
+	}
+	return troubled
+}

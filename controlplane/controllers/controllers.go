@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package controllers runs everything that turns desired state into actual state inside the control plane:
+// skep's own controllers, one sub-package each, and housekeeping controllers that come from Kubernetes
+// unchanged. The list in registry is the table of contents.
+package controllers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+
+	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/record"
+	"k8s.io/klog/v2"
+	"k8s.io/utils/clock"
+
+	"skep.io/skep/controlplane/controllers/nodelifecycle"
+	"skep.io/skep/controlplane/controllers/podgc"
+	"skep.io/skep/controlplane/controllers/runner"
+)
+
+// Config is what Run needs. Client, RESTConfig, Informers, ClusterCIDRs and ServiceCIDRs are required.
+type Config struct {
+	// Client acts as the cluster's administrator. It records events and creates the bootstrap objects.
+	Client kubernetes.Interface
+	// RESTConfig gives the configuration of a client that acts as the named user. Each controller has its own,
+	// named like upstream's service accounts, so that the bootstrap policy grants it just what it needs.
+	RESTConfig func(user string) *rest.Config
+	// Informers are shared with the rest of the process. Run starts those that it uses; they end with Run's
+	// context.
+	Informers informers.SharedInformerFactory
+
+	// ClusterCIDRs are the pods' ranges, one a family; NodeMaskIPv4 and NodeMaskIPv6 the prefix lengths of a
+	// node's share, by default 24 and 64.
+	ClusterCIDRs               []netip.Prefix
+	NodeMaskIPv4, NodeMaskIPv6 int
+	// ServiceCIDRs are the Services' ranges, one a family.
+	ServiceCIDRs []netip.Prefix
+
+	// RootCA is published to every namespace, in PEM. ServiceAccountKey signs the tokens of Secrets of type
+	// kubernetes.io/service-account-token, in PEM; without it such Secrets stay empty.
+	RootCA, ServiceAccountKey []byte
+
+	// NodeTiming is how long a node may be silent; zero fields have the default.
+	NodeTiming nodelifecycle.Timing
+	// TerminatedPods is how many ended pods are kept; 0 is podgc.DefaultThreshold.
+	TerminatedPods int
+
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
+	// Clock is the real one if nil.
+	Clock clock.PassiveClock
+}
+
+func (cfg Config) complete() (Config, error) {
+	var errs []error
+	if cfg.Client == nil {
+		errs = append(errs, errors.New("Client is missing"))
+	}
+	if cfg.RESTConfig == nil {
+		errs = append(errs, errors.New("RESTConfig is missing"))
+	}
+	if cfg.Informers == nil {
+		errs = append(errs, errors.New("Informers are missing"))
+	}
+	if len(cfg.ClusterCIDRs) == 0 {
+		errs = append(errs, errors.New("ClusterCIDRs are missing: pods need a range"))
+	}
+	if len(cfg.ServiceCIDRs) == 0 {
+		errs = append(errs, errors.New("ServiceCIDRs are missing: services need a range"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return cfg, fmt.Errorf("controllers: %w", err)
+	}
+	if cfg.NodeMaskIPv4 == 0 {
+		cfg.NodeMaskIPv4 = 24
+	}
+	if cfg.NodeMaskIPv6 == 0 {
+		cfg.NodeMaskIPv6 = 64
+	}
+	if cfg.NodeTiming.Grace == 0 {
+		cfg.NodeTiming.Grace = nodelifecycle.DefaultTiming.Grace
+	}
+	if cfg.NodeTiming.StartupGrace == 0 {
+		cfg.NodeTiming.StartupGrace = nodelifecycle.DefaultTiming.StartupGrace
+	}
+	if cfg.TerminatedPods == 0 {
+		cfg.TerminatedPods = podgc.DefaultThreshold
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = clock.RealClock{}
+	}
+	return cfg, nil
+}
+
+// run works until its context ends. Ending earlier is an error.
+type run func(ctx context.Context) error
+
+// entry is one controller: its name, whom it acts as, and how to make it. Making registers with informers
+// and must not block.
+type entry struct {
+	name string
+	user string
+	make func(ctx context.Context, e env) (run, error)
+}
+
+// env is what entries are made from.
+type env struct {
+	cfg  Config
+	deps runner.Deps // with the entry's own client
+	rest *rest.Config
+	// shared by upstream's controllers that follow objects of every kind
+	kinds *kinds
+}
+
+// Run runs every controller until ctx ends, and returns nil then. It returns an error as soon as one cannot
+// be made or dies.
+func Run(ctx context.Context, cfg Config) error {
+	cfg, err := cfg.complete()
+	if err != nil {
+		return err
+	}
+	return runEntries(ctx, cfg, registry())
+}
+
+func runEntries(ctx context.Context, cfg Config, entries []entry) error {
+	metrics, err := runner.NewMetrics(cfg.Metrics)
+	if err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	// Upstream's controllers find their logger here.
+	ctx = klog.NewContext(ctx, logr.FromSlogHandler(cfg.Log.Handler()))
+
+	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
+	defer broadcaster.Shutdown()
+	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: cfg.Client.CoreV1().Events("")})
+
+	shared, err := newKinds(cfg)
+	if err != nil {
+		return err
+	}
+	runs := make([]run, len(entries))
+	for i, entry := range entries {
+		client, config, err := clientFor(cfg, entry.user)
+		if err != nil {
+			return fmt.Errorf("controller %s: %w", entry.name, err)
+		}
+		runs[i], err = entry.make(ctx, env{cfg: cfg, rest: config, kinds: shared, deps: runner.Deps{
+			Client:    client,
+			Informers: cfg.Informers,
+			Recorder: func(component string) record.EventRecorder {
+				return broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: component})
+			},
+			Log: cfg.Log, Metrics: metrics, Clock: cfg.Clock,
+		}})
+		if err != nil {
+			return fmt.Errorf("controller %s: %w", entry.name, err)
+		}
+	}
+
+	for i, entry := range entries {
+		if runs[i] == nil {
+			continue // has nothing to do with this configuration
+		}
+		group.Go(func() error {
+			err := runs[i](ctx)
+			switch {
+			case err != nil:
+				return fmt.Errorf("controller %s: %w", entry.name, err)
+			case ctx.Err() == nil:
+				return fmt.Errorf("controller %s ended although nobody stopped it", entry.name)
+			}
+			return nil
+		})
+	}
+	cfg.Informers.Start(ctx.Done())
+	if shared != nil {
+		shared.Start(ctx.Done())
+	}
+	return group.Wait()
+}
+
+// clientFor makes a client that acts as user, or the administrator's if user is empty. In-process
+// clients need no limit of their own: the API server's priority and fairness knows better.
+func clientFor(cfg Config, user string) (kubernetes.Interface, *rest.Config, error) {
+	if user == "" || cfg.RESTConfig == nil {
+		return cfg.Client, nil, nil
+	}
+	config := rest.CopyConfig(cfg.RESTConfig(user))
+	config.QPS = -1
+	config.UserAgent = "skep/" + user
+	// Endpoints are deprecated but still served; nobody reads that in a log once a call.
+	config.WarningHandler = rest.NoWarnings{}
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		return nil, nil, fmt.Errorf("client of %s: %w", user, err)
+	}
+	return client, config, nil
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package controllers
+
+import (
+	"context"
+
+	"skep.io/skep/controlplane/controllers/bootstrap"
+	"skep.io/skep/controlplane/controllers/deployment"
+	"skep.io/skep/controlplane/controllers/endpointslice"
+	"skep.io/skep/controlplane/controllers/nodeipam"
+	"skep.io/skep/controlplane/controllers/nodelifecycle"
+	"skep.io/skep/controlplane/controllers/podgc"
+	"skep.io/skep/controlplane/controllers/replicaset"
+)
+
+// account is the user that upstream's bootstrap policy knows a controller by.
+func account(name string) string { return "system:serviceaccount:kube-system:" + name }
+
+// registry lists every controller: first skep's own, then upstream's.
+func registry() []entry {
+	return append(own(), []entry{
+		{"namespace", account("namespace-controller"), makeNamespace},
+		{"garbagecollector", account("generic-garbage-collector"), makeGarbageCollector},
+		{"serviceaccount", account("service-account-controller"), makeServiceAccount},
+		{"serviceaccounttoken", "system:kube-controller-manager", makeServiceAccountToken},
+		{"rootcacertpublisher", account("root-ca-cert-publisher"), makeRootCAPublisher},
+		{"clusterroleaggregation", account("clusterrole-aggregation-controller"), makeClusterRoleAggregation},
+		{"tainteviction", account("node-controller"), makeTaintEviction},
+		{"resourcequota", account("resourcequota-controller"), makeResourceQuota},
+		{"disruption", account("disruption-controller"), makeDisruption},
+		{"ttlafterfinished", account("ttl-after-finished-controller"), makeTTLAfterFinished},
+		{"endpoints", account("endpoint-controller"), makeEndpoints},
+	}...)
+}
+
+// own are the controllers of this repository.
+func own() []entry {
+	return []entry{
+		{"bootstrap", "", func(_ context.Context, e env) (run, error) {
+			return started(bootstrap.New(e.deps, e.cfg.ServiceCIDRs))
+		}},
+		{"nodeipam", account("node-controller"), func(_ context.Context, e env) (run, error) {
+			return started(nodeipam.New(e.deps, e.cfg.ClusterCIDRs, e.cfg.NodeMaskIPv4, e.cfg.NodeMaskIPv6))
+		}},
+		{"nodelifecycle", account("node-controller"), func(_ context.Context, e env) (run, error) {
+			return started(nodelifecycle.New(e.deps, e.cfg.NodeTiming))
+		}},
+		{"deployment", account("deployment-controller"), func(_ context.Context, e env) (run, error) {
+			return started(deployment.New(e.deps))
+		}},
+		{"replicaset", account("replicaset-controller"), func(_ context.Context, e env) (run, error) {
+			return started(replicaset.New(e.deps))
+		}},
+		{"endpointslice", account("endpointslice-controller"), func(_ context.Context, e env) (run, error) {
+			return started(endpointslice.New(e.deps))
+		}},
+		{"podgc", account("pod-garbage-collector"), func(_ context.Context, e env) (run, error) {
+			return started(podgc.New(e.deps, e.cfg.TerminatedPods, podgc.Quarantine))
+		}},
+	}
+}
+
+func started(c interface{ Run(context.Context) error }, err error) (run, error) {
+	if err != nil {
+		return nil, err
+	}
+	return c.Run, nil
+}

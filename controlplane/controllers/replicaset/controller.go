@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package replicaset
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/go-logr/logr"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utilfeature "k8s.io/apiserver/pkg/util/feature"
+	appslisters "k8s.io/client-go/listers/apps/v1"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/kubernetes/pkg/controller"
+	"k8s.io/kubernetes/pkg/features"
+
+	"skep.io/skep/controlplane/controllers/runner"
+)
+
+const (
+	workers = 5
+	// ownerIndex finds ReplicaSets by the UID of their controller.
+	ownerIndex = "skep.io/controller-uid"
+)
+
+// Controller keeps ReplicaSets' pods in number.
+type Controller struct {
+	runner.Deps
+	queue        *runner.Queue
+	podControl   controller.PodControlInterface
+	expectations *controller.UIDTrackingControllerExpectations
+	replicaSets  appslisters.ReplicaSetLister
+	byOwner      cache.Indexer
+	pods         cache.Indexer
+	synced       []cache.InformerSynced
+	terminating  bool
+}
+
+// New registers the controller with the shared informers.
+func New(deps runner.Deps) (*Controller, error) {
+	replicaSets, pods := deps.Informers.Apps().V1().ReplicaSets(), deps.Informers.Core().V1().Pods()
+	c := &Controller{
+		Deps:         deps,
+		podControl:   controller.RealPodControl{KubeClient: deps.Client, Recorder: deps.Recorder("replicaset-controller")},
+		expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
+		replicaSets:  replicaSets.Lister(),
+		byOwner:      replicaSets.Informer().GetIndexer(),
+		pods:         pods.Informer().GetIndexer(),
+		terminating:  utilfeature.DefaultFeatureGate.Enabled(features.DeploymentReplicaSetTerminatingReplicas),
+	}
+	c.queue = runner.New("replicaset", workers, deps, c.sync)
+	if err := controller.AddPodControllerIndexer(pods.Informer()); err != nil {
+		return nil, fmt.Errorf("index pods by owner: %w", err)
+	}
+	err := replicaSets.Informer().AddIndexers(cache.Indexers{ownerIndex: func(obj any) ([]string, error) {
+		rs, ok := obj.(*appsv1.ReplicaSet)
+		if !ok {
+			return nil, nil
+		}
+		if ref := metav1.GetControllerOfNoCopy(rs); ref != nil {
+			return []string{string(ref.UID)}, nil
+		}
+		return nil, nil
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("index replica sets by owner: %w", err)
+	}
+
+	replicaSetsSynced, err := runner.Watch(replicaSets.Informer(), runner.Handlers[*appsv1.ReplicaSet]{
+		Add: func(rs *appsv1.ReplicaSet) { c.queue.Add(runner.Key(rs)) },
+		Update: func(old, cur *appsv1.ReplicaSet) {
+			if old.UID != cur.UID {
+				c.forget(old)
+			}
+			c.queue.Add(runner.Key(cur))
+		},
+		Delete: c.forget,
+	})
+	if err != nil {
+		return nil, err
+	}
+	podsSynced, err := runner.Watch(pods.Informer(), runner.Handlers[*corev1.Pod]{
+		Add: c.podAdded, Update: c.podUpdated, Delete: c.podGone,
+	})
+	if err != nil {
+		return nil, err
+	}
+	c.synced = []cache.InformerSynced{replicaSetsSynced, podsSynced}
+	return c, nil
+}
+
+// Run works until ctx ends.
+func (c *Controller) Run(ctx context.Context) error { return c.queue.Run(ctx, c.synced...) }
+
+func (c *Controller) forget(rs *appsv1.ReplicaSet) {
+	c.expectations.DeleteExpectations(logr.Discard(), runner.Key(rs))
+	c.queue.Add(runner.Key(rs))
+}
+
+func (c *Controller) podAdded(pod *corev1.Pod) {
+	if pod.DeletionTimestamp != nil {
+		// Seen for the first time while it is already going: that is no creation that anybody waits for.
+		c.podGone(pod)
+		return
+	}
+	if metav1.GetControllerOfNoCopy(pod) == nil {
+		c.enqueueAdopters(pod)
+		return
+	}
+	if rs := c.owner(pod); rs != nil {
+		c.expectations.CreationObserved(logr.Discard(), runner.Key(rs))
+		c.queue.Add(runner.Key(rs))
+	}
+}
+
+func (c *Controller) podUpdated(old, cur *corev1.Pod) {
+	if old.ResourceVersion == cur.ResourceVersion {
+		return
+	}
+	if cur.DeletionTimestamp != nil {
+		// A pod that is going counts as gone, so that its successor need not wait for it.
+		c.podGone(cur)
+		if !apiequality.Semantic.DeepEqual(old.Labels, cur.Labels) {
+			c.podGone(old)
+		}
+		return
+	}
+	ownerChanged := !apiequality.Semantic.DeepEqual(metav1.GetControllerOfNoCopy(old), metav1.GetControllerOfNoCopy(cur))
+	if ownerChanged {
+		if rs := c.owner(old); rs != nil {
+			c.queue.Add(runner.Key(rs))
+		}
+	}
+	if metav1.GetControllerOfNoCopy(cur) != nil {
+		if rs := c.owner(cur); rs != nil {
+			c.queue.Add(runner.Key(rs))
+		}
+		return
+	}
+	if ownerChanged || !apiequality.Semantic.DeepEqual(old.Labels, cur.Labels) {
+		c.enqueueAdopters(cur)
+	}
+}
+
+func (c *Controller) podGone(pod *corev1.Pod) {
+	if rs := c.owner(pod); rs != nil {
+		c.expectations.DeletionObserved(logr.Discard(), runner.Key(rs), controller.PodKey(pod))
+		c.queue.Add(runner.Key(rs))
+	}
+}
+
+func (c *Controller) owner(pod *corev1.Pod) *appsv1.ReplicaSet {
+	ref := metav1.GetControllerOfNoCopy(pod)
+	if ref == nil || ref.Kind != Kind.Kind {
+		return nil
+	}
+	rs, err := c.replicaSets.ReplicaSets(pod.Namespace).Get(ref.Name)
+	if err != nil || rs.UID != ref.UID {
+		return nil
+	}
+	return rs
+}
+
+func (c *Controller) enqueueAdopters(pod *corev1.Pod) {
+	adopters, err := c.replicaSets.GetPodReplicaSets(pod)
+	if err != nil {
+		return // none matches
+	}
+	for _, rs := range adopters {
+		c.queue.Add(runner.Key(rs))
+	}
+}
+
+func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
+	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	if err != nil {
+		return 0, fmt.Errorf("queue key %q: %w", key, err)
+	}
+	rs, err := c.replicaSets.ReplicaSets(namespace).Get(name)
+	if apierrors.IsNotFound(err) {
+		c.expectations.DeleteExpectations(logr.Discard(), key)
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read replica set %s: %w", key, err)
+	}
+	// Ask before reading the pods: an event that comes in between can only make the answer too careful.
+	settled := c.expectations.SatisfiedExpectations(logr.Discard(), key)
+	s, err := c.snapshot(ctx, rs)
+	if err != nil {
+		return 0, err
+	}
+
+	var failure error
+	if settled {
+		failure = c.apply(ctx, rs, Compute(s, c.Clock.Now()))
+	}
+	now := c.Clock.Now()
+	if err := c.writeStatus(ctx, rs, Status(s, failure, c.terminating, now)); err != nil {
+		return 0, err
+	}
+	return UntilAvailable(s, now), failure
+}
+
+// snapshot gathers the ReplicaSet's pods, adopting and releasing on the way.
+func (c *Controller) snapshot(ctx context.Context, rs *appsv1.ReplicaSet) (Snapshot, error) {
+	s := Snapshot{ReplicaSet: rs, Related: func() []*corev1.Pod { return c.related(rs) }}
+	selector, err := metav1.LabelSelectorAsSelector(rs.Spec.Selector)
+	if err != nil {
+		return s, fmt.Errorf("replica set %s/%s: selector: %w", rs.Namespace, rs.Name, err)
+	}
+	pods, err := controller.FilterPodsByOwner(c.pods, &rs.ObjectMeta, Kind.Kind, true)
+	if err != nil {
+		return s, fmt.Errorf("list pods of replica set %s/%s: %w", rs.Namespace, rs.Name, err)
+	}
+	// Who was deleted must not adopt; only an uncached read can tell.
+	canAdopt := controller.RecheckDeletionTimestamp(func(ctx context.Context) (metav1.Object, error) {
+		fresh, err := c.Client.AppsV1().ReplicaSets(rs.Namespace).Get(ctx, rs.Name, metav1.GetOptions{})
+		if err != nil {
+			return nil, err
+		}
+		if fresh.UID != rs.UID {
+			return nil, fmt.Errorf("original ReplicaSet %s/%s is gone: got uid %s, wanted %s", rs.Namespace, rs.Name, fresh.UID, rs.UID)
+		}
+		return fresh, nil
+	})
+	refs := controller.NewPodControllerRefManager(c.podControl, rs, selector, Kind, canAdopt)
+	if s.Active, err = refs.ClaimPods(ctx, controller.FilterActivePods(logr.Discard(), pods)); err != nil {
+		return s, fmt.Errorf("claim pods of replica set %s/%s: %w", rs.Namespace, rs.Name, err)
+	}
+	s.Terminating = controller.FilterClaimedPods(rs, selector, controller.FilterTerminatingPods(pods))
+	return s, nil
+}
+
+// related are the pods of every ReplicaSet of the same Deployment.
+func (c *Controller) related(rs *appsv1.ReplicaSet) []*corev1.Pod {
+	siblings := []any{rs}
+	if ref := metav1.GetControllerOfNoCopy(rs); ref != nil {
+		if found, err := c.byOwner.ByIndex(ownerIndex, string(ref.UID)); err == nil {
+			siblings = found
+		}
+	}
+	var pods []*corev1.Pod
+	for _, obj := range siblings {
+		sibling, ok := obj.(*appsv1.ReplicaSet)
+		if !ok {
+			continue
+		}
+		if own, err := controller.FilterPodsByOwner(c.pods, &sibling.ObjectMeta, Kind.Kind, false); err == nil {
+			pods = append(pods, own...)
+		}
+	}
+	return pods
+}
+
+func (c *Controller) apply(ctx context.Context, rs *appsv1.ReplicaSet, plan Plan) error {
+	if plan.Create > 0 {
+		return c.create(ctx, rs, plan.Create)
+	}
+	return c.delete(ctx, rs, plan.Delete)
+}
+
+func (c *Controller) create(ctx context.Context, rs *appsv1.ReplicaSet, n int) error {
+	key := runner.Key(rs)
+	if err := c.expectations.ExpectCreations(logr.Discard(), key, n); err != nil {
+		return fmt.Errorf("replica set %s: %w", key, err)
+	}
+	ref := metav1.NewControllerRef(rs, Kind)
+	created, err := slowStart(n, func() error {
+		err := c.podControl.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
+		if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
+			// Nothing more will come of this ReplicaSet; leave the expectation to its deletion.
+			return nil
+		}
+		return err
+	})
+	for range n - created {
+		c.expectations.CreationObserved(logr.Discard(), key)
+	}
+	return err
+}
+
+func (c *Controller) delete(ctx context.Context, rs *appsv1.ReplicaSet, pods []*corev1.Pod) error {
+	if len(pods) == 0 {
+		return nil
+	}
+	key := runner.Key(rs)
+	keys := make([]string, len(pods))
+	for i, pod := range pods {
+		keys[i] = controller.PodKey(pod)
+	}
+	if err := c.expectations.ExpectDeletions(logr.Discard(), key, keys); err != nil {
+		return fmt.Errorf("replica set %s: %w", key, err)
+	}
+	return inParallel(len(pods), func(i int) error {
+		err := c.podControl.DeletePod(ctx, rs.Namespace, pods[i].Name, rs)
+		if err == nil {
+			return nil
+		}
+		c.expectations.DeletionObserved(logr.Discard(), key, keys[i])
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return err
+	})
+}
+
+// writeStatus tries once more with a fresh read if somebody wrote in between, since spec changes and status
+// changes of a ReplicaSet meet all the time during a rollout.
+func (c *Controller) writeStatus(ctx context.Context, rs *appsv1.ReplicaSet, status appsv1.ReplicaSetStatus) error {
+	if !StatusChanged(rs.Status, status) {
+		return nil
+	}
+	client := c.Client.AppsV1().ReplicaSets(rs.Namespace)
+	write := func(to *appsv1.ReplicaSet) error {
+		changed := *to
+		changed.Status = status
+		_, err := client.UpdateStatus(ctx, &changed, metav1.UpdateOptions{})
+		return err
+	}
+	err := write(rs)
+	if apierrors.IsConflict(err) {
+		fresh, getErr := client.Get(ctx, rs.Name, metav1.GetOptions{})
+		if getErr == nil && fresh.UID == rs.UID {
+			err = write(fresh)
+		}
+	}
+	if err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("update status of replica set %s/%s: %w", rs.Namespace, rs.Name, err)
+	}
+	return nil
+}
+

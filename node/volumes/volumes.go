@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package volumes mounts what the containers of a pod see of the world: emptyDir, hostPath, configMap, secret,
+// downwardAPI and projected volumes, the last with service account tokens that it renews in time.
+//
+// Under the data directory it keeps what kubelet keeps, under the same names:
+//
+//	pods/UID/volumes/kubernetes.io~KIND/NAME
+//	pods/UID/volume-subpaths/NAME/CONTAINER/INDEX
+package volumes
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+)
+
+// ErrUnsupported is for kinds of volumes that this node cannot mount.
+var ErrUnsupported = errors.New("this kind of volume is not supported by this node")
+
+// Config of Volumes. All fields are needed.
+type Config struct {
+	Dir         string // DATA/pods
+	Client      kubernetes.Interface
+	Objects     *Objects
+	NodeIPs     []string
+	Allocatable corev1.ResourceList
+	Log         *slog.Logger
+}
+
+// Volumes of this node's pods.
+type Volumes struct {
+	cfg Config
+
+	mu     sync.Mutex
+	tokens map[tokenKey]*token
+}
+
+// Mount is a place on the host that a container sees.
+type Mount struct {
+	HostPath      string
+	ContainerPath string
+	ReadOnly      bool
+	Propagation   corev1.MountPropagationMode
+}
+
+// New returns Volumes that have mounted nothing yet.
+func New(cfg Config) (*Volumes, error) {
+	if err := os.MkdirAll(cfg.Dir, 0o750); err != nil {
+		return nil, fmt.Errorf("directory of pods: %w", err)
+	}
+	// Mounts are listed by their real paths.
+	dir, err := filepath.EvalSymlinks(cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("directory of pods: %w", err)
+	}
+	if cfg.Dir, err = filepath.Abs(dir); err != nil {
+		return nil, fmt.Errorf("directory of pods: %w", err)
+	}
+	return &Volumes{cfg: cfg, tokens: map[tokenKey]*token{}}, nil
+}
+
+// kind names the plugin directory of a volume, as kubelet does; empty for a kind that is not supported.
+func kind(v *corev1.Volume) string {
+	switch {
+	case v.EmptyDir != nil:
+		return "kubernetes.io~empty-dir"
+	case v.HostPath != nil:
+		return "kubernetes.io~host-path"
+	case v.ConfigMap != nil:
+		return "kubernetes.io~configmap"
+	case v.Secret != nil:
+		return "kubernetes.io~secret"
+	case v.DownwardAPI != nil:
+		return "kubernetes.io~downward-api"
+	case v.Projected != nil:
+		return "kubernetes.io~projected"
+	default:
+		return ""
+	}
+}
+
+func (v *Volumes) podDir(uid types.UID) string { return filepath.Join(v.cfg.Dir, string(uid)) }
+
+// path is where a volume of a pod is on the host.
+func (v *Volumes) path(uid types.UID, vol *corev1.Volume) string {
+	if vol.HostPath != nil {
+		return vol.HostPath.Path
+	}
+	return filepath.Join(v.podDir(uid), "volumes", kind(vol), vol.Name)
+}
+
+// Mount makes all volumes of a pod at the same time, or brings them up to date. The error joins one for each volume that
+// failed, worded like kubelet's event. refresh is when a token needs renewing; zero for never.
+func (v *Volumes) Mount(ctx context.Context, pod *corev1.Pod) (refresh time.Time, err error) {
+	v.cfg.Objects.Track(pod)
+	errs := make([]error, len(pod.Spec.Volumes))
+	dues := make([]time.Time, len(pod.Spec.Volumes))
+	var wg sync.WaitGroup
+	for i := range pod.Spec.Volumes {
+		wg.Go(func() {
+			vol := &pod.Spec.Volumes[i]
+			due, err := v.mountOne(ctx, pod, vol)
+			if err != nil {
+				errs[i] = fmt.Errorf("MountVolume.SetUp failed for volume %q : %w", vol.Name, err)
+			}
+			dues[i] = due
+		})
+	}
+	wg.Wait()
+	for _, d := range dues {
+		if !d.IsZero() && (refresh.IsZero() || d.Before(refresh)) {
+			refresh = d
+		}
+	}
+	return refresh, errors.Join(errs...)
+}
+
+func (v *Volumes) mountOne(ctx context.Context, pod *corev1.Pod, vol *corev1.Volume) (refresh time.Time, err error) {
+	dir := v.path(pod.UID, vol)
+	switch {
+	case vol.EmptyDir != nil:
+		return time.Time{}, emptyDir(dir, vol.EmptyDir, fsGroup(pod))
+	case vol.HostPath != nil:
+		return time.Time{}, hostPath(vol.HostPath)
+	case kind(vol) == "":
+		return time.Time{}, ErrUnsupported
+	}
+	files, refresh, err := v.files(ctx, pod, vol)
+	if err != nil {
+		return time.Time{}, err
+	}
+	return refresh, writeFiles(dir, vol, files, fsGroup(pod), v.cfg.Log)
+}
+
+func fsGroup(pod *corev1.Pod) *int64 {
+	if sc := pod.Spec.SecurityContext; sc != nil {
+		return sc.FSGroup
+	}
+	return nil
+}
+
+// Present reports whether a pod has volumes on disk.
+func (v *Volumes) Present(uid types.UID) bool {
+	for _, d := range []string{"volumes", "volume-subpaths"} {
+		if _, err := os.Lstat(filepath.Join(v.podDir(uid), d)); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// List names the pods that have a directory.
+func (v *Volumes) List() ([]types.UID, error) {
+	dirs, err := os.ReadDir(v.cfg.Dir)
+	if err != nil {
+		return nil, fmt.Errorf("directory of pods: %w", err)
+	}
+	out := make([]types.UID, 0, len(dirs))
+	for _, d := range dirs {
+		out = append(out, types.UID(d.Name()))
+	}
+	return out, nil
+}
+
+// Unmount takes away a pod's volumes: mounts first, and only what is on the same file system as the pod's directory is
+// deleted, so that a mount which cannot be undone loses nothing.
+func (v *Volumes) Unmount(_ context.Context, uid types.UID) error {
+	v.forget(uid)
+	if uid == "" {
+		return errors.New("unmount the volumes of a pod without uid")
+	}
+	return clear(v.podDir(uid))
+}
+
+// Cleanup removes every trace that Volumes leave under dir, without a running node.
+func Cleanup(_ context.Context, dir string) error {
+	dir, err := filepath.EvalSymlinks(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("directory of pods: %w", err)
+	}
+	pods, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("directory of pods: %w", err)
+	}
+	var errs []error
+	for _, p := range pods {
+		at := filepath.Join(dir, p.Name())
+		if err := clear(at); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		errs = append(errs, removeHere(at))
+	}
+	return errors.Join(errs...)
+}
+
+func clear(podDir string) error {
+	if err := unmountBelow(podDir); err != nil {
+		return err
+	}
+	return errors.Join(removeHere(filepath.Join(podDir, "volume-subpaths")), removeHere(filepath.Join(podDir, "volumes")))
+}

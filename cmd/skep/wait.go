@@ -38,9 +38,9 @@ func waitForCluster(ctx context.Context, cmd *cobra.Command, limit time.Duration
 		}()
 	}
 	pause := wait.Backoff{Duration: 50 * time.Millisecond, Factor: 1.5, Cap: time.Second, Steps: 1 << 20}
-	last := errors.New("it has not been asked yet")
 	for {
-		if last = nodeReady(ctx, cmd); last == nil {
+		last := nodeReady(ctx, cmd)
+		if last == nil {
 			return nil
 		}
 		select {

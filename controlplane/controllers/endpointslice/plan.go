@@ -447,4 +447,3 @@ func stamp(slice *discoveryv1.EndpointSlice, triggered time.Time) {
 	}
 	slice.Annotations[corev1.EndpointsLastChangeTriggerTime] = triggered.UTC().Format(time.RFC3339Nano)
 }
-

@@ -335,4 +335,3 @@ func (c *Controller) writeStatus(ctx context.Context, rs *appsv1.ReplicaSet, sta
 	}
 	return nil
 }
-

@@ -78,12 +78,14 @@ type Container struct {
 	ExitCode     int32
 	Signal       int32
 	OOMKilled    bool
-	Reason       string // set when the container could not start
+	Reason       string // OOMKilled, StartError, ContainerStatusUnknown; empty for an ordinary end
+	Message      string // goes with Reason
 	CreatedAt    time.Time
 	StartedAt    time.Time
 	FinishedAt   time.Time
 	LogPath      string
 	Annotations  map[string]string
+	Cgroup       string // relative to each hierarchy's root
 }
 
 // Image is one image on this node.

@@ -63,6 +63,26 @@ func makeNamespaces(dir string, want []string, setup func() error) error {
 	return <-result
 }
 
+// makeShm mounts the pod's /dev/shm: POSIX shared memory is part of what containers of a pod share.
+func makeShm(path string) error {
+	if err := os.Mkdir(path, 0o711); err != nil {
+		return err
+	}
+	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777,size=65536k"); err != nil {
+		return fmt.Errorf("mount %s: %w", path, err)
+	}
+	return nil
+}
+
+// InNetNS runs f on a thread inside the pod's network namespace. Sockets that f opens stay there; f must
+// not start goroutines that open some.
+func (s *Sandbox) InNetNS(f func() error) error {
+	if s.NetNS == "" {
+		return f()
+	}
+	return inNamespace(s.NetNS, unix.CLONE_NEWNET, f)
+}
+
 // inNamespace runs f on a thread of its own inside a pinned namespace.
 func inNamespace(path string, flag int, f func() error) error {
 	ns, err := os.Open(path)

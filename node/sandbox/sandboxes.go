@@ -148,7 +148,7 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 	}
 	if !spec.HostIPC {
 		want = append(want, "ipc")
-		r.Sandbox.IPCNS = filepath.Join(dir, "ipc")
+		r.Sandbox.IPCNS, r.Sandbox.ShmPath = filepath.Join(dir, "ipc"), filepath.Join(dir, "shm")
 	}
 	s.mu.Lock()
 	s.records[spec.PodUID] = r
@@ -166,6 +166,11 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 	}
 	if len(want) > 0 {
 		if err := makeNamespaces(dir, want, func() error { return configure(spec) }); err != nil {
+			return r, err
+		}
+	}
+	if r.Sandbox.ShmPath != "" {
+		if err := makeShm(r.Sandbox.ShmPath); err != nil {
 			return r, err
 		}
 	}

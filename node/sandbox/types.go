@@ -36,6 +36,7 @@ type Sandbox struct {
 	NetNS     string // path of the pinned network namespace
 	IPCNS     string
 	UTSNS     string
+	ShmPath   string       // the pod's own /dev/shm, which belongs to its IPC namespace
 	Addrs     []netip.Addr // one a family, IPv4 first
 	Endpoint  dataplane.Endpoint
 }

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtime
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/moby/sys/mountinfo"
+	"k8s.io/apimachinery/pkg/types"
+
+	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/sandbox/cgroup"
+	"skep.io/skep/node/sandbox/isolate"
+)
+
+const testImage = "docker.io/skep/prog:latest"
+
+// binDir holds the shim and the test program, built once for the whole run.
+var binDir = os.Getenv("SKEP_TEST_BIN")
+
+func TestMain(m *testing.M) {
+	if os.Getenv(agentEnv) != "" {
+		os.Exit(agent())
+	}
+	if binDir != "" {
+		os.Exit(isolate.Run(m))
+	}
+	dir, err := os.MkdirTemp("", "skrt-bin")
+	if err != nil {
+		panic(err)
+	}
+	for out, pkg := range map[string]string{shimName: "skep.io/skep/cmd/containerd-shim-runc-v2", "prog": "./testdata/prog"} {
+		build := exec.Command("go", "build", "-o", filepath.Join(dir, out), pkg)
+		build.Env = append(os.Environ(), "CGO_ENABLED=0")
+		build.Stderr = os.Stderr
+		if err := build.Run(); err != nil {
+			fmt.Fprintln(os.Stderr, "build", pkg, err)
+			os.Exit(2)
+		}
+	}
+	os.Setenv("SKEP_TEST_BIN", dir)
+	code := isolate.Run(m)
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// progImage is a one-layer image with the test program and a user database.
+func progImage(t testing.TB) v1.Image {
+	t.Helper()
+	program, err := os.ReadFile(filepath.Join(binDir, "prog"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	for _, f := range []struct {
+		name string
+		mode int64
+		data []byte
+	}{
+		{"prog", 0o755, program},
+		{"etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/prog\nbee:x:1000:1001:Bee:/home/bee:/prog\n")},
+		{"etc/group", 0o644, []byte("root:x:0:\nbee:x:1001:\nhive:x:1500:bee\n")},
+	} {
+		if err := w.WriteHeader(&tar.Header{Name: f.name, Mode: f.mode, Size: int64(len(f.data)), Typeflag: tar.TypeReg}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(f.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range []string{"proc", "dev", "sys", "tmp", "home/bee"} {
+		if err := w.WriteHeader(&tar.Header{Name: d, Mode: 0o1777, Typeflag: tar.TypeDir}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := tarball.LayerFromReader(&layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := mutate.AppendLayers(empty.Image, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = config.DeepCopy()
+	config.Architecture, config.OS = "amd64", "linux"
+	config.Config.Entrypoint, config.Config.Cmd = []string{"/prog"}, []string{"wait"}
+	config.Config.Env = []string{"PATH=/", "FROM_IMAGE=yes", "OVERRIDDEN=image"}
+	if img, err = mutate.ConfigFile(img, config); err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// node is one runtime with sandboxes, in directories of its own.
+type node struct {
+	*Runtime
+	t         testing.TB
+	dir       string
+	sandboxes *sandbox.Sandboxes
+	image     Image
+}
+
+func testConfig(dir string) Config {
+	return Config{
+		DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), ShimPath: filepath.Join(binDir, shimName),
+		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
+	}
+}
+
+func testSandboxes(dir string) (*sandbox.Sandboxes, error) {
+	return sandbox.New(sandbox.Config{
+		RunDir: filepath.Join(dir, "run"), Log: slog.New(slog.DiscardHandler),
+		PodCIDRs: func() []netip.Prefix {
+			return []netip.Prefix{netip.MustParsePrefix("10.42.9.0/24"), netip.MustParsePrefix("fd73:6b65:7042:9::/64")}
+		},
+	})
+}
+
+func newNode(t testing.TB) *node {
+	t.Helper()
+	// Unix socket paths are short: not t.TempDir.
+	dir, err := os.MkdirTemp("", "skrt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &node{t: t, dir: dir}
+	t.Cleanup(func() { n.close() })
+	if n.Runtime, err = New(context.Background(), testConfig(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if n.sandboxes, err = testSandboxes(dir); err != nil {
+		t.Fatal(err)
+	}
+	images := filepath.Join(dir, "images")
+	if err := os.Mkdir(images, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeArchive(t, filepath.Join(images, "prog.tar"), progImage(t), testImage)
+	imported, err := n.Images().ImportDir(context.Background(), images)
+	if err != nil || len(imported) != 1 {
+		t.Fatalf("import: %v, %v", imported, err)
+	}
+	n.image = imported[0]
+	return n
+}
+
+func writeArchive(t testing.TB, path string, img v1.Image, ref string) {
+	t.Helper()
+	tag, err := name.NewTag(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tarball.WriteToFile(path, tag, img); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// close removes all pods and checks that nothing is left of them.
+func (n *node) close() {
+	t, ctx := n.t, context.Background()
+	if n.Runtime != nil {
+		all, _ := n.List(ctx)
+		for _, c := range all {
+			if err := n.Remove(ctx, c.ID); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if n.sandboxes != nil {
+		boxes, err := n.sandboxes.List(ctx)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, b := range boxes {
+			if err := n.sandboxes.Remove(ctx, b.PodUID); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if n.Runtime != nil {
+		if err := n.Runtime.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+	n.checkClean()
+	if err := Cleanup(ctx, filepath.Join(n.dir, "data"), filepath.Join(n.dir, "run")); err != nil {
+		t.Error(err)
+	}
+	if err := sandbox.Cleanup(ctx, filepath.Join(n.dir, "run"), n.cgroupRoot()); err != nil {
+		t.Error(err)
+	}
+	os.RemoveAll(n.dir)
+}
+
+func (n *node) cgroupRoot() string { return "skep-test-" + filepath.Base(n.dir) }
+
+// checkClean looks for shims, mounts, sockets and cgroups.
+func (n *node) checkClean() {
+	t := n.t
+	eventually(t, "shims have ended", func() error {
+		if left := processes(n.dir); len(left) > 0 {
+			return fmt.Errorf("still there: %v", left)
+		}
+		return nil
+	})
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(n.dir))
+	if err != nil || len(mounts) != 0 {
+		t.Errorf("mounts left: %v, %v", mounts, err)
+	}
+	for _, dir := range []string{"attach", "exec", "containerd/s", "ns", "sandboxes", "containerd/runc/skep", "containerd/io.containerd.runtime.v2.task/skep"} {
+		if left, _ := os.ReadDir(filepath.Join(n.dir, "run", dir)); len(left) != 0 {
+			t.Errorf("%s left: %v", dir, left)
+		}
+	}
+	if left, _ := os.ReadDir(filepath.Join(n.dir, "data", "containers")); len(left) != 0 {
+		t.Errorf("status files left: %v", left)
+	}
+	all, err := cgroup.Hierarchies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range all {
+		left, _ := filepath.Glob(filepath.Join(h.Path(n.cgroupRoot()), "*", "cgroup.procs"))
+		if len(left) != 0 {
+			t.Errorf("cgroups left: %v", left)
+		}
+	}
+}
+
+// processes lists those whose command line mentions dir.
+func processes(dir string) []string {
+	var found []string
+	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, l := range lines {
+		data, err := os.ReadFile(l)
+		text := strings.ReplaceAll(string(data), "\x00", " ")
+		if err == nil && strings.Contains(text, dir) && l != fmt.Sprintf("/proc/%d/cmdline", os.Getpid()) {
+			found = append(found, l+" "+text)
+		}
+	}
+	return found
+}
+
+func (n *node) sandbox(pod string) *sandbox.Sandbox {
+	n.t.Helper()
+	b, err := n.sandboxes.Create(context.Background(), sandbox.Spec{
+		PodUID: types.UID(pod), Namespace: "default", Name: pod, Hostname: pod, CgroupParent: n.cgroupRoot() + "/pod" + pod,
+	})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return b
+}
+
+// spec is a container of the test program in a pod of its own name.
+func (n *node) spec(pod string, args ...string) ContainerSpec {
+	n.t.Helper()
+	return ContainerSpec{
+		PodUID: types.UID(pod), PodNamespace: "default", PodName: pod, Name: "main", ImageID: n.image.ID, Image: "skep/prog",
+		Args: args, Sandbox: n.sandbox(pod), CgroupParent: n.cgroupRoot() + "/pod" + pod,
+		LogPath: filepath.Join(n.dir, "logs", pod, "main", "0.log"), Annotations: map[string]string{"hash": "1234"},
+	}
+}
+
+func (n *node) run(spec ContainerSpec) string {
+	n.t.Helper()
+	id, err := n.Create(context.Background(), spec)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := n.Start(context.Background(), id); err != nil {
+		n.t.Fatal(err)
+	}
+	return id
+}
+
+func (n *node) container(id string) Container {
+	n.t.Helper()
+	all, err := n.List(context.Background())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, c := range all {
+		if c.ID == id {
+			return c
+		}
+	}
+	n.t.Fatalf("container %s is not listed", id)
+	return Container{}
+}
+
+// exited waits for the end of a container.
+func (n *node) exited(id string) Container {
+	n.t.Helper()
+	var c Container
+	eventually(n.t, "container exits", func() error {
+		if c = n.container(id); c.State != Exited {
+			return fmt.Errorf("state %s", c.State)
+		}
+		return nil
+	})
+	return c
+}
+
+// log returns the texts of a container's log, by stream when given.
+func readLog(t testing.TB, path, stream string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	var text strings.Builder
+	for line := range strings.Lines(string(data)) {
+		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
+		if len(fields) != 4 {
+			t.Fatalf("log line %q", line)
+		}
+		if _, err := time.Parse(time.RFC3339Nano, fields[0]); err != nil {
+			t.Fatal(err)
+		}
+		if stream != "" && fields[1] != stream {
+			continue
+		}
+		text.WriteString(fields[3])
+		if fields[2] == "F" {
+			text.WriteByte('\n')
+		}
+	}
+	return text.String()
+}
+
+func eventually(t testing.TB, what string, check func() error) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if err = check(); err == nil {
+			return
+		}
+	}
+	t.Fatalf("%s: %v", what, err)
+}
+
+func (n *node) logs(spec ContainerSpec, want string) {
+	n.t.Helper()
+	eventually(n.t, "log has "+want, func() error {
+		if got := readLog(n.t, spec.LogPath, ""); !strings.Contains(got, want) {
+			return fmt.Errorf("log is %q", got)
+		}
+		return nil
+	})
+}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	containerdtypes "github.com/containerd/containerd/api/types"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/moby/sys/signal"
+	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/types"
+
+	"skep.io/skep/node/runtime/crilog"
+	"skep.io/skep/node/runtime/shimio"
+	"skep.io/skep/node/sandbox/cgroup"
+)
+
+// startErrorCode is the exit code of a container whose process was never there.
+const startErrorCode = 128
+
+// killPatience is how long Stop waits after SIGKILL: longer means a process that the kernel cannot end.
+const killPatience = 30 * time.Second
+
+func (r *Runtime) runcRoot() string { return filepath.Join(r.cfg.RunDir, "containerd", "runc") }
+
+func (r *Runtime) attachSocket(id string) string {
+	return filepath.Join(r.cfg.RunDir, "attach", id[:32])
+}
+
+// Start runs the container's process. After an error that wraps ErrStart the container is Exited.
+func (r *Runtime) Start(ctx context.Context, id string) error {
+	ctx = r.in(ctx)
+	c, err := r.find(id)
+	if err != nil {
+		return err
+	}
+	c.op.Lock()
+	defer c.op.Unlock()
+	if s := c.state(); s.State != Created {
+		return fmt.Errorf("container %s is %s and cannot be started", id, s.State)
+	}
+	pid, err := r.startTask(ctx, c)
+	if err != nil {
+		message := startMessage(err)
+		if ctx.Err() != nil {
+			return fmt.Errorf("start container %s: %w", c.def.Name, err)
+		}
+		now := time.Now()
+		r.save(c, status{State: Exited, ExitCode: startErrorCode, Reason: "StartError", Message: message, StartedAt: now, FinishedAt: now})
+		close(c.done)
+		r.exits.add(c.def.PodUID)
+		return fmt.Errorf("%w: %s", ErrStart, message)
+	}
+	// An exit may have been told meanwhile; harvest waits for op.
+	r.save(c, status{State: Running, PID: pid, StartedAt: time.Now()})
+	r.exits.add(c.def.PodUID)
+	return nil
+}
+
+func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err error) {
+	mounts, err := r.client.SnapshotService(r.snapshotter).Mounts(ctx, c.id)
+	if err != nil {
+		return 0, fmt.Errorf("root file system: %w", err)
+	}
+	request := &tasksapi.CreateTaskRequest{
+		ContainerID: c.id,
+		Terminal:    c.def.TTY,
+		Stdout: shimio.Stdio{
+			LogPath: c.def.LogPath, MaxSize: r.cfg.LogSize, MaxFiles: r.cfg.LogFiles, Socket: r.attachSocket(c.id),
+			Stdin: c.def.Stdin, StdinOnce: c.def.StdinOnce,
+		}.URI(),
+	}
+	for _, m := range mounts {
+		request.Rootfs = append(request.Rootfs, &containerdtypes.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
+	}
+	tasks := r.client.TaskService()
+	if _, err := tasks.Create(ctx, request); err != nil {
+		return 0, fmt.Errorf("failed to create containerd task: %w", errgrpc.ToNative(err))
+	}
+	started, err := tasks.Start(ctx, &tasksapi.StartRequest{ContainerID: c.id})
+	if err != nil {
+		_, _ = tasks.Delete(context.WithoutCancel(ctx), &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+		return 0, fmt.Errorf("failed to start containerd task %q: %w", c.id, errgrpc.ToNative(err))
+	}
+	return started.Pid, nil
+}
+
+// startMessage is the error as users of Kubernetes know it.
+func startMessage(err error) string {
+	return strings.TrimSuffix(strings.TrimPrefix(err.Error(), ErrStart.Error()+": "), ": unknown")
+}
+
+// harvest takes the end of a container's process: exit code, whether memory was the reason, and the task itself,
+// whose deletion waits for the last line of its log.
+func (r *Runtime) harvest(c *container) {
+	c.op.Lock()
+	defer c.op.Unlock()
+	if s := c.state(); s.State != Running {
+		return
+	}
+	r.reap(r.ctx, c)
+	r.exits.add(c.def.PodUID)
+}
+
+// reap is harvest's work; c.op is held.
+func (r *Runtime) reap(ctx context.Context, c *container) {
+	s := c.state()
+	s.State, s.PID = Exited, 0
+	stats, err := cgroup.Read(c.def.Cgroup)
+	c.mu.Lock()
+	s.OOMKilled = c.oom || (err == nil && stats.OOMKills > 0)
+	c.mu.Unlock()
+	resp, err := r.client.TaskService().Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+	switch {
+	case err == nil:
+		s.ExitCode = int32(resp.ExitStatus)
+		if resp.ExitedAt != nil {
+			s.FinishedAt = resp.ExitedAt.AsTime()
+		}
+	case ctx.Err() != nil:
+		return
+	default:
+		r.log.Warn("how a container ended is not known", "container", c.def.Name, "pod", c.def.PodName, "namespace", c.def.PodNamespace, "error", err)
+		s.ExitCode, s.Reason, s.Message = 137, "ContainerStatusUnknown", "The container could not be located when it ended"
+	}
+	if s.FinishedAt.IsZero() || s.FinishedAt.Before(s.StartedAt) {
+		s.FinishedAt = time.Now()
+	}
+	if s.OOMKilled && s.ExitCode != 0 {
+		s.Reason = "OOMKilled"
+	} else {
+		s.OOMKilled = false
+	}
+	r.save(c, s)
+	close(c.done)
+}
+
+// Stop sends the image's stop signal (SIGTERM if it names none), waits for grace, then kills.
+func (r *Runtime) Stop(ctx context.Context, id string, grace time.Duration) error {
+	ctx = r.in(ctx)
+	c, err := r.find(id)
+	if err != nil {
+		return err
+	}
+	if c.state().State != Running {
+		return nil
+	}
+	if grace > 0 {
+		sig := unix.SIGTERM
+		if c.def.StopSignal != "" {
+			if parsed, err := signal.ParseSignal(c.def.StopSignal); err == nil {
+				sig = parsed
+			}
+		}
+		if err := r.kill(ctx, c, sig, false); err != nil {
+			return err
+		}
+		if ended, err := c.wait(ctx, grace); ended || err != nil {
+			return err
+		}
+	}
+	if err := r.kill(ctx, c, unix.SIGKILL, true); err != nil {
+		return err
+	}
+	ended, err := c.wait(ctx, killPatience)
+	if err == nil && !ended {
+		err = fmt.Errorf("container %s of pod %s/%s: process %d does not end after SIGKILL", c.def.Name, c.def.PodNamespace, c.def.PodName, c.state().PID)
+	}
+	return err
+}
+
+func (c *container) wait(ctx context.Context, limit time.Duration) (ended bool, err error) {
+	timer := time.NewTimer(limit)
+	defer timer.Stop()
+	select {
+	case <-c.done:
+		return true, nil
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-timer.C:
+		return false, nil
+	}
+}
+
+func (r *Runtime) kill(ctx context.Context, c *container, sig syscall.Signal, all bool) error {
+	_, err := r.client.TaskService().Kill(ctx, &tasksapi.KillRequest{ContainerID: c.id, Signal: uint32(sig), All: all})
+	err = errgrpc.ToNative(err)
+	switch {
+	case err == nil:
+		return nil
+	case errdefs.IsNotFound(err), errdefs.IsFailedPrecondition(err):
+		// It has ended; the event may be on its way, or lost with an earlier process of ours.
+		go r.harvest(c)
+		return nil
+	}
+	return fmt.Errorf("signal %s to container %s of pod %s/%s: %w", sig, c.def.Name, c.def.PodNamespace, c.def.PodName, err)
+}
+
+// Remove takes away a container with its root file system and logs; a running one is killed first.
+// One that does not exist is no error.
+func (r *Runtime) Remove(ctx context.Context, id string) error {
+	ctx = r.in(ctx)
+	c := r.lookup(id)
+	if c == nil {
+		return nil
+	}
+	if err := r.Stop(ctx, id, 0); err != nil {
+		return err
+	}
+	c.op.Lock()
+	defer c.op.Unlock()
+	if err := r.erase(ctx, id); err != nil {
+		return fmt.Errorf("remove container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, err)
+	}
+	if c.def.LogPath != "" {
+		for _, f := range append(crilog.Rotated(c.def.LogPath), c.def.LogPath) {
+			if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	r.mu.Lock()
+	delete(r.containers, id)
+	r.mu.Unlock()
+	return nil
+}
+
+// erase removes what containerd and the host hold of a container that does not run.
+func (r *Runtime) erase(ctx context.Context, id string) error {
+	if err := r.client.ContainerService().Delete(ctx, id); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	if err := r.client.SnapshotService(r.snapshotter).Remove(ctx, id); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	if len(id) >= 32 {
+		// Left only by a shim that was killed.
+		if err := os.Remove(r.attachSocket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return r.removeStatus(id)
+}
+
+// List implements Containers.
+func (r *Runtime) List(context.Context) ([]Container, error) {
+	return r.list(func(*container) bool { return true }), nil
+}
+
+// ListPod implements Containers.
+func (r *Runtime) ListPod(_ context.Context, pod types.UID) ([]Container, error) {
+	return r.list(func(c *container) bool { return c.def.PodUID == pod }), nil
+}
+
+func (r *Runtime) list(want func(*container) bool) []Container {
+	r.mu.Lock()
+	var found []*container
+	for _, c := range r.containers {
+		if want(c) {
+			found = append(found, c)
+		}
+	}
+	r.mu.Unlock()
+	all := make([]Container, 0, len(found))
+	for _, c := range found {
+		all = append(all, c.public())
+	}
+	slices.SortFunc(all, func(a, b Container) int {
+		if d := a.CreatedAt.Compare(b.CreatedAt); d != 0 {
+			return d
+		}
+		return strings.Compare(a.ID, b.ID)
+	})
+	return all
+}

@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Counters: one index a fact. dataplane/flows has the same list with the metrics' names. */
+#pragma once
+#include "kernel.h"
+
+enum counter {
+	COUNT_CONNECT_TRANSLATED,
+	COUNT_CONNECT_REFUSED,
+	COUNT_SENDMSG_TRANSLATED,
+	COUNT_SENDMSG_REFUSED,
+	COUNT_POD_EGRESS,	  /* packets from pods */
+	COUNT_POD_INGRESS,	  /* packets to pods through the node's stack */
+	COUNT_POD_TO_POD,	  /* packets redirected from a pod or device to a local pod */
+	COUNT_PACKET_TRANSLATED,  /* flows translated per packet */
+	COUNT_DROP_SPOOFED,	  /* source is not the pod's address */
+	COUNT_DROP_MALFORMED,	  /* truncated or contradicting headers */
+	COUNT_DROP_NO_LOCAL,	  /* traffic policy Local, no backend on this node */
+	COUNT_DROP_NO_SNAT_PORT,  /* no free source port towards the backend */
+	COUNT_DROP_REWRITE,	  /* the kernel refused to rewrite the packet */
+	COUNT_INGRESS_STEERED,	  /* connections handed to the ingress listener */
+	COUNT_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, COUNT_MAX);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} counters SEC(".maps");
+
+static __always_inline void count(enum counter what)
+{
+	__u32 index = what;
+	__u64 *n = bpf_map_lookup_elem(&counters, &index);
+
+	if (n)
+		*n += 1; /* per CPU, and BPF programs of one CPU rarely nest: a lost tick is fine */
+}

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The node's own devices: NodePorts and external addresses, asked from outside the node. */
+#include "nat.h"
+
+SEC("tcx/ingress")
+int from_outside(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	bool from_node = true;
+	struct flow *f;
+
+	switch (parse(skb, &p)) {
+	case PARSED_PORTS:
+		break;
+	default:
+		return TC_ACT_UNSPEC; /* the stack knows what to make of it */
+	}
+	f = flow_find(&p.tuple);
+	if (f && f->flags & FLOW_TRANSLATED && !flow_stale(f, &p)) {
+		flow_touch(f, p.tcp_flags);
+		from_node = f->flags & FLOW_SOURCE_IS_NODE;
+		if (!rewrite(skb, &p, &f->to)) {
+			count(COUNT_DROP_REWRITE);
+			return TC_ACT_SHOT;
+		}
+		return forward(skb, &p, from_node);
+	}
+	switch (nat_open(skb, &p, SCOPE_EXTERNAL)) {
+	case NAT_DROP:
+		return TC_ACT_SHOT;
+	case NAT_NONE:
+		return TC_ACT_UNSPEC;
+	case NAT_TRANSLATED:
+		break;
+	}
+	/* To a local pod, to the node itself, or on to another node in the node's name. */
+	return forward(skb, &p, !bpf_map_lookup_elem(&node_addresses, &p.tuple.daddr));
+}
+
+/* Answers of backends that run in the node's own namespace. */
+SEC("tcx/egress")
+int to_outside(struct __sk_buff *skb)
+{
+	struct packet p = {};
+	struct flow *f;
+
+	if (parse(skb, &p) != PARSED_PORTS)
+		return TC_ACT_UNSPEC;
+	f = flow_find(&p.tuple);
+	if (!f || (f->flags & (FLOW_TRANSLATED | FLOW_REPLY)) != (FLOW_TRANSLATED | FLOW_REPLY))
+		return TC_ACT_UNSPEC;
+	flow_touch(f, p.tcp_flags);
+	if (!rewrite(skb, &p, &f->to)) {
+		count(COUNT_DROP_REWRITE);
+		return TC_ACT_SHOT;
+	}
+	return TC_ACT_UNSPEC;
+}
+
+/* Deletes a flow only if no packet came since the agent read it. */
+struct forget {
+	struct tuple tuple;
+	__u64 last_seen;
+};
+
+SEC("syscall")
+int forget_flow(struct forget *ctx)
+{
+	struct tuple t = ctx->tuple;
+	struct flow *f = flow_find(&t);
+
+	if (!f || f->last_seen != ctx->last_seen)
+		return 1;
+	if (t.proto == IPPROTO_TCP)
+		return bpf_map_delete_elem(&conntrack_tcp, &t) != 0;
+	return bpf_map_delete_elem(&conntrack_udp, &t) != 0;
+}

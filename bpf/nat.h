@@ -1,0 +1,176 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Services per packet: what sockets did not see, and what comes from outside the node. */
+#pragma once
+#include "conntrack.h"
+#include "counters.h"
+#include "endpoints.h"
+#include "services.h"
+
+/*
+ * Source ports the node lends: below the range of the kernel's own ephemeral ports and below the
+ * NodePorts, so that they never meet a connection that the node itself opens.
+ */
+#define SNAT_PORT_FIRST 1024
+#define SNAT_PORTS (30000 - SNAT_PORT_FIRST)
+#define SNAT_TRIES 16
+
+enum nat {
+	NAT_NONE,	/* not a service, or one without backends: the stack decides */
+	NAT_TRANSLATED, /* the packet was rewritten */
+	NAT_DROP,
+};
+
+static __always_inline enum nat nat_drop(enum counter reason)
+{
+	count(reason);
+	return NAT_DROP;
+}
+
+static __always_inline bool find_frontend(const struct packet *p, __u8 scope, struct service *svc)
+{
+	struct service_key key = {.port = p->tuple.dport, .proto = p->tuple.proto, .scope = scope};
+
+	key.addr = p->tuple.daddr;
+	if (service_find(&key, svc))
+		return true;
+	if (!in_node_port_range(key.port) ||
+	    !bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
+		return false;
+	address_wildcard(&key.addr, &p->tuple.daddr);
+	return service_find(&key, svc);
+}
+
+/* Inserts both directions, with a source port that is free towards the backend when lend is set. */
+static __always_inline bool nat_insert(const struct packet *p, struct flow *forward,
+				       struct flow *reply, bool lend)
+{
+	__u32 start = bpf_get_prandom_u32();
+	struct tuple back;
+
+	tuple_reverse(&reply->to, &p->tuple);
+	tuple_reverse(&back, &forward->to);
+	if (!lend) {
+		flow_insert(&back, reply, BPF_ANY);
+		flow_insert(&p->tuple, forward, BPF_ANY);
+		return true;
+	}
+	for (int i = 0; i < SNAT_TRIES; i++) {
+		forward->to.sport = bpf_htons(SNAT_PORT_FIRST + (start + i * 1009) % SNAT_PORTS);
+		back.dport = forward->to.sport;
+		if (flow_insert(&back, reply, BPF_NOEXIST) == 0) {
+			flow_insert(&p->tuple, forward, BPF_ANY);
+			return true;
+		}
+	}
+	return false;
+}
+
+/* The first packet of a flow: if its destination is a service, picks a backend and rewrites. */
+static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p, __u8 scope)
+{
+	struct affinity_key client = {};
+	struct flow forward = {}, reply = {};
+	const struct node *self;
+	const struct backend *b;
+	struct service svc;
+	bool lend = false;
+	__u32 id = 0;
+
+	if (!find_frontend(p, scope, &svc))
+		return NAT_NONE;
+	client.client = p->tuple.saddr;
+	client.service = svc.id;
+	b = backend_select(&svc, &client, &id);
+	if (!b) {
+		/* Policy Local must not answer for others; otherwise the stack refuses. */
+		if (svc.flags & SERVICE_LOCAL && scope == SCOPE_EXTERNAL)
+			return nat_drop(COUNT_DROP_NO_LOCAL);
+		return NAT_NONE;
+	}
+	self = this_node();
+	if (!self)
+		return NAT_NONE;
+
+	forward.to.saddr = p->tuple.saddr;
+	forward.to.daddr = b->addr;
+	forward.to.sport = p->tuple.sport;
+	forward.to.dport = b->port;
+	forward.to.proto = p->tuple.proto;
+	if (scope == SCOPE_EXTERNAL && !(svc.flags & SERVICE_LOCAL) &&
+	    !bpf_map_lookup_elem(&node_addresses, &b->addr)) {
+		/* The backend may be anywhere: its answer has to come back here. A backend in the
+		 * node's own namespace answers here anyway, and the stack would refuse a packet
+		 * that claims to come from the node. */
+		lend = true;
+		forward.to.saddr = p->v4 ? self->address_v4 : self->address_v6;
+		forward.flags |= FLOW_SOURCE_IS_NODE;
+	} else if (address_equal(&b->addr, &p->tuple.saddr)) {
+		/* Hairpin: a pod drops packets that come from itself. */
+		lend = true;
+		forward.to.saddr = p->v4 ? self->gateway_v4 : self->gateway_v6;
+		forward.flags |= FLOW_SOURCE_IS_NODE;
+	}
+	forward.last_seen = reply.last_seen = bpf_ktime_get_coarse_ns();
+	forward.service = reply.service = svc.id;
+	forward.backend = reply.backend = id;
+	forward.flags |= FLOW_TRANSLATED | flow_flags_of(p->tcp_flags);
+	reply.flags = FLOW_TRANSLATED | FLOW_REPLY;
+	/* Answers in the name of the node's address cannot pass the stack as forwarded packets. */
+	if (bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
+		reply.flags |= FLOW_SOURCE_IS_NODE;
+	if (!nat_insert(p, &forward, &reply, lend))
+		return nat_drop(COUNT_DROP_NO_SNAT_PORT);
+	count(COUNT_PACKET_TRANSLATED);
+	if (!rewrite(skb, p, &forward.to))
+		return nat_drop(COUNT_DROP_REWRITE);
+	return NAT_TRANSLATED;
+}
+
+/* Whether the flow's backend is gone: then a new connection must not follow it there. */
+static __always_inline bool flow_stale(const struct flow *f, const struct packet *p)
+{
+	__u32 id = f->backend;
+
+	if (!(f->flags & FLOW_TRANSLATED) || f->flags & FLOW_REPLY)
+		return false;
+	if (p->tuple.proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
+		return false;
+	return !bpf_map_lookup_elem(&backends, &id);
+}
+
+/*
+ * Sends a packet on its way by its (new) destination: straight into a local pod, or by the routing
+ * table when from_node says that its source is the node, or up the stack. ingress says whether the
+ * hook is one that may enter another namespace.
+ */
+static __always_inline int forward(struct __sk_buff *skb, struct packet *p, bool from_node)
+{
+	struct bpf_fib_lookup fib = {};
+	struct endpoint *ep;
+	long found;
+
+	ep = bpf_map_lookup_elem(&endpoints, &p->tuple.daddr);
+	if (ep && ep->ifindex) {
+		count(COUNT_POD_TO_POD);
+		return bpf_redirect_peer(ep->ifindex, 0);
+	}
+	if (!from_node)
+		return TC_ACT_UNSPEC;
+	fib.ifindex = skb->ifindex;
+	fib.l4_protocol = p->tuple.proto;
+	fib.sport = p->tuple.sport;
+	fib.dport = p->tuple.dport;
+	if (p->v4) {
+		fib.family = AF_INET;
+		fib.src[0] = p->tuple.saddr.w[3];
+		fib.dst[0] = p->tuple.daddr.w[3];
+	} else {
+		fib.family = AF_INET6;
+		__builtin_memcpy(fib.src, &p->tuple.saddr, 16);
+		__builtin_memcpy(fib.dst, &p->tuple.daddr, 16);
+	}
+	found = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	if (found == BPF_FIB_LKUP_RET_SUCCESS || found == BPF_FIB_LKUP_RET_NO_NEIGH)
+		return bpf_redirect_neigh(fib.ifindex, 0, 0, 0);
+	return TC_ACT_UNSPEC;
+}

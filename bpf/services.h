@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Services: frontend -> backend set -> slot -> backend.
+ *
+ * The agent writes a changed set as a new generation of slots, then swaps one word of each
+ * frontend (generation and count together), waits until every program that read the old word has
+ * ended (an RCU grace period), and only then deletes the old generation. A reader therefore sees
+ * the old set or the new one, never a mixture.
+ */
+#pragma once
+#include "address.h"
+
+enum scope {
+	SCOPE_INTERNAL = 0, /* asked from this node or its pods */
+	SCOPE_EXTERNAL = 1, /* arrived from outside the node */
+};
+
+struct service_key {
+	struct address addr; /* all zero (or ::ffff:0.0.0.0) for a NodePort */
+	__be16 port;
+	__u8 proto;
+	__u8 scope;
+};
+
+enum service_flags {
+	SERVICE_AFFINITY = 1 << 0, /* session affinity ClientIP */
+	SERVICE_LOCAL = 1 << 1,	   /* traffic policy Local: only backends of this node */
+};
+
+/*
+ * The kernel may recycle a replaced hash element while a program still reads it. A copy of the
+ * key, first in the value and thus written first, lets the reader tell: it reads the other fields
+ * first and the copy last.
+ */
+struct service {
+	struct service_key key;
+	__u32 id;	   /* of the backend set */
+	__u64 generation;  /* low half: generation, high half: number of slots; swapped as one */
+	__u32 affinity_seconds;
+	__u32 flags;
+};
+
+struct slot_key {
+	__u32 service;
+	__u32 generation;
+	__u32 slot;
+};
+
+struct backend {
+	struct address addr;
+	__be16 port;
+	__u8 proto;
+	__u8 state; /* of enum backend_state */
+	__u32 service;
+};
+
+enum backend_state {
+	BACKEND_ACTIVE = 0,
+	BACKEND_RETIRED = 1, /* keeps what it has, gets nothing new */
+};
+
+/* Who a client is, for session affinity: its network namespace if it is here, else its address. */
+struct affinity_key {
+	struct address client;
+	__u32 service;
+	__u32 by_netns;
+};
+
+struct affinity {
+	__u64 last_used; /* ns, coarse monotonic */
+	__u32 backend;
+	__u32 pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct service_key);
+	__type(value, struct service);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} services SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct slot_key);
+	__type(value, __u32);
+	__uint(max_entries, 524288);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} slots SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, struct backend);
+	__uint(max_entries, 524288);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} backends SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__type(key, struct affinity_key);
+	__type(value, struct affinity);
+	__uint(max_entries, 16384);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} affinity SEC(".maps");
+
+/* Bounds of the NodePort range, host byte order; set when the program is loaded. */
+const volatile __u16 node_port_min = 30000;
+const volatile __u16 node_port_max = 32767;
+
+static __always_inline bool in_node_port_range(__be16 port)
+{
+	__u16 p = bpf_ntohs(port);
+
+	return p >= node_port_min && p <= node_port_max;
+}
+
+static __always_inline bool service_key_equal(const struct service_key *a,
+					      const struct service_key *b)
+{
+	return address_equal(&a->addr, &b->addr) && a->port == b->port && a->proto == b->proto &&
+	       a->scope == b->scope;
+}
+
+/* Copies the frontend at key to out. False when there is none. */
+static __always_inline bool service_find(const struct service_key *key, struct service *out)
+{
+	struct service *s = bpf_map_lookup_elem(&services, key);
+
+	if (!s)
+		return false;
+	out->id = READ_ONCE(s->id);
+	out->generation = READ_ONCE(s->generation);
+	out->affinity_seconds = READ_ONCE(s->affinity_seconds);
+	out->flags = READ_ONCE(s->flags);
+	barrier();
+	if (likely(service_key_equal(&s->key, key)))
+		return true;
+	/* Recycled under us: the frontend was replaced a moment ago, so ask again. */
+	s = bpf_map_lookup_elem(&services, key);
+	if (!s)
+		return false;
+	out->id = READ_ONCE(s->id);
+	out->generation = READ_ONCE(s->generation);
+	out->affinity_seconds = READ_ONCE(s->affinity_seconds);
+	out->flags = READ_ONCE(s->flags);
+	barrier();
+	return service_key_equal(&s->key, key);
+}
+
+static __always_inline __u32 service_count(const struct service *s)
+{
+	return s->generation >> 32;
+}
+
+/* The backend with this id if it still is one of the service's. */
+static __always_inline const struct backend *backend_of(const struct service *s, __u32 id)
+{
+	struct backend *b = bpf_map_lookup_elem(&backends, &id);
+
+	if (!b || b->service != s->id || b->state != BACKEND_ACTIVE)
+		return 0;
+	return b;
+}
+
+/* Picks at random. Null when the service has no backend. */
+static __always_inline const struct backend *backend_random(const struct service *s, __u32 *id)
+{
+	struct slot_key key = {.service = s->id, .generation = (__u32)s->generation};
+	__u32 n = service_count(s), *slot;
+
+	if (!n)
+		return 0;
+	key.slot = bpf_get_prandom_u32() % n;
+	slot = bpf_map_lookup_elem(&slots, &key);
+	if (!slot)
+		return 0;
+	*id = *slot;
+	return bpf_map_lookup_elem(&backends, id);
+}
+
+/* Picks for a client, honouring session affinity. Null when the service has no backend. */
+static __always_inline const struct backend *backend_select(const struct service *s,
+							    const struct affinity_key *client,
+							    __u32 *id)
+{
+	struct affinity fresh = {};
+	const struct backend *b;
+	struct affinity *known;
+	__u64 now;
+
+	if (likely(!(s->flags & SERVICE_AFFINITY)))
+		return backend_random(s, id);
+
+	now = bpf_ktime_get_coarse_ns();
+	known = bpf_map_lookup_elem(&affinity, client);
+	if (known && now - known->last_used < (__u64)s->affinity_seconds * 1000000000ULL) {
+		*id = known->backend;
+		b = backend_of(s, *id);
+		if (b) {
+			known->last_used = now;
+			return b;
+		}
+	}
+	b = backend_random(s, id);
+	if (!b)
+		return 0;
+	fresh.last_used = now;
+	fresh.backend = *id;
+	bpf_map_update_elem(&affinity, client, &fresh, BPF_ANY);
+	return b;
+}

@@ -1,0 +1,277 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * Services at the socket: a connection to a service becomes, before its first packet, a connection
+ * to one of its backends, so that its packets cost nothing. What the socket was told is kept in the
+ * socket's own storage for the way back (recvmsg, getpeername), and dies with the socket.
+ */
+#include "counters.h"
+#include "endpoints.h"
+#include "services.h"
+
+/* Which namespace is the node's: only there does a loopback address mean the node. */
+const volatile __u64 node_netns_cookie = 0;
+
+/* Frontends this socket talks to, and the backends they were translated to. */
+#define PEERS 4
+
+struct peer {
+	struct address frontend, backend;
+	__be16 frontend_port, backend_port;
+	__u32 backend_id;
+	__u32 service;
+};
+
+struct peers {
+	struct peer peer[PEERS];
+	__u32 next; /* the oldest */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__type(key, int);
+	__type(value, struct peers);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} socket_peers SEC(".maps");
+
+static __always_inline bool is_node_address(struct bpf_sock_addr *ctx, const struct address *a)
+{
+	if (address_is_loopback(a))
+		return bpf_get_netns_cookie(ctx) == node_netns_cookie;
+	return bpf_map_lookup_elem(&node_addresses, a) != 0;
+}
+
+static __always_inline bool find(struct bpf_sock_addr *ctx, const struct address *addr, __be16 port,
+				 struct service *svc)
+{
+	struct service_key key = {.addr = *addr, .port = port, .proto = ctx->protocol};
+
+	if (service_find(&key, svc))
+		return true;
+	if (!in_node_port_range(port) || !is_node_address(ctx, addr))
+		return false;
+	address_wildcard(&key.addr, addr);
+	return service_find(&key, svc);
+}
+
+/* The backend that this UDP socket already uses for the frontend, if it is still alive. */
+static __always_inline const struct backend *sticky(struct peers *peers, const struct service *svc,
+						    const struct address *addr, __be16 port)
+{
+	for (int i = 0; i < PEERS; i++) {
+		struct peer *p = &peers->peer[i];
+
+		if (p->frontend_port == port && p->service == svc->id &&
+		    address_equal(&p->frontend, addr))
+			return backend_of(svc, p->backend_id);
+	}
+	return 0;
+}
+
+static __always_inline void remember(struct peers *peers, const struct service *svc,
+				     const struct address *addr, __be16 port,
+				     const struct backend *b, __u32 id)
+{
+	__u32 at = peers->next % PEERS;
+	struct peer *p;
+
+	/* A frontend has one entry: its newest backend replaces the one that went away. */
+	for (int i = 0; i < PEERS; i++) {
+		p = &peers->peer[i];
+		if (p->frontend_port == port && address_equal(&p->frontend, addr))
+			at = i;
+	}
+	if (at == peers->next % PEERS)
+		peers->next = at + 1;
+	p = &peers->peer[at & (PEERS - 1)];
+	p->frontend = *addr;
+	p->frontend_port = port;
+	p->backend = b->addr;
+	p->backend_port = b->port;
+	p->backend_id = id;
+	p->service = svc->id;
+}
+
+enum verdict { UNTOUCHED, TRANSLATED, REFUSED };
+
+/* Replaces addr and port, a frontend, by a backend's. */
+static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct address *addr,
+					      __be16 *port)
+{
+	struct affinity_key client = {.by_netns = 1};
+	const struct backend *b = 0;
+	struct peers *peers;
+	struct service svc;
+	__u64 cookie;
+	__u32 id = 0;
+
+	if (!find(ctx, addr, *port, &svc))
+		return UNTOUCHED;
+	peers = bpf_sk_storage_get(&socket_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (ctx->protocol == IPPROTO_UDP && peers) {
+		b = sticky(peers, &svc, addr, *port);
+		if (b) {
+			*addr = b->addr;
+			*port = b->port;
+			return TRANSLATED;
+		}
+	}
+	if (svc.flags & SERVICE_AFFINITY) {
+		cookie = bpf_get_netns_cookie(ctx);
+		client.client.w[0] = cookie;
+		client.client.w[1] = cookie >> 32;
+		client.service = svc.id;
+	}
+	b = backend_select(&svc, &client, &id);
+	if (!b)
+		return REFUSED;
+	if (peers)
+		remember(peers, &svc, addr, *port, b, id);
+	*addr = b->addr;
+	*port = b->port;
+	return TRANSLATED;
+}
+
+/* The way back: replaces addr and port, if they are a backend this socket was sent to. */
+static __always_inline bool untranslate(struct bpf_sock_addr *ctx, struct address *addr,
+					__be16 *port)
+{
+	struct peers *peers = bpf_sk_storage_get(&socket_peers, ctx->sk, 0, 0);
+
+	if (!peers)
+		return false;
+	for (int i = 0; i < PEERS; i++) {
+		struct peer *p = &peers->peer[i];
+
+		if (p->backend_port == *port && *port && address_equal(&p->backend, addr)) {
+			*addr = p->frontend;
+			*port = p->frontend_port;
+			return true;
+		}
+	}
+	return false;
+}
+
+static __always_inline void load_v6(struct bpf_sock_addr *ctx, struct address *a)
+{
+	a->w[0] = ctx->user_ip6[0];
+	a->w[1] = ctx->user_ip6[1];
+	a->w[2] = ctx->user_ip6[2];
+	a->w[3] = ctx->user_ip6[3];
+}
+
+static __always_inline void store_v6(struct bpf_sock_addr *ctx, const struct address *a)
+{
+	ctx->user_ip6[0] = a->w[0];
+	ctx->user_ip6[1] = a->w[1];
+	ctx->user_ip6[2] = a->w[2];
+	ctx->user_ip6[3] = a->w[3];
+}
+
+static __always_inline bool has_ports(struct bpf_sock_addr *ctx)
+{
+	return ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_UDP;
+}
+
+/* Returns what the hook returns: 0 refuses with the errno set here. */
+static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool message)
+{
+	__be16 port = ctx->user_port;
+	struct address addr;
+
+	if (!has_ports(ctx))
+		return 1;
+	if (v6)
+		load_v6(ctx, &addr);
+	else
+		address_from_v4(&addr, ctx->user_ip4);
+	switch (translate(ctx, &addr, &port)) {
+	case UNTOUCHED:
+		/* A socket that connects anew must not answer with the name of an earlier service. */
+		if (!message)
+			bpf_sk_storage_delete(&socket_peers, ctx->sk);
+		return 1;
+	case REFUSED:
+		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
+		bpf_set_retval(-ECONNREFUSED);
+		return 0;
+	case TRANSLATED:
+		break;
+	}
+	count(message ? COUNT_SENDMSG_TRANSLATED : COUNT_CONNECT_TRANSLATED);
+	if (v6)
+		store_v6(ctx, &addr);
+	else
+		ctx->user_ip4 = addr.w[3];
+	ctx->user_port = port;
+	return 1;
+}
+
+static __always_inline int to_frontend(struct bpf_sock_addr *ctx, bool v6)
+{
+	__be16 port = ctx->user_port;
+	struct address addr;
+
+	if (!has_ports(ctx))
+		return 1;
+	if (v6)
+		load_v6(ctx, &addr);
+	else
+		address_from_v4(&addr, ctx->user_ip4);
+	if (!untranslate(ctx, &addr, &port))
+		return 1;
+	if (v6)
+		store_v6(ctx, &addr);
+	else
+		ctx->user_ip4 = addr.w[3];
+	ctx->user_port = port;
+	return 1;
+}
+
+SEC("cgroup/connect4")
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return to_backend(ctx, false, false);
+}
+
+SEC("cgroup/connect6")
+int connect6(struct bpf_sock_addr *ctx)
+{
+	return to_backend(ctx, true, false);
+}
+
+SEC("cgroup/sendmsg4")
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return to_backend(ctx, false, true);
+}
+
+SEC("cgroup/sendmsg6")
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return to_backend(ctx, true, true);
+}
+
+SEC("cgroup/recvmsg4")
+int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return to_frontend(ctx, false);
+}
+
+SEC("cgroup/recvmsg6")
+int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return to_frontend(ctx, true);
+}
+
+SEC("cgroup/getpeername4")
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	return to_frontend(ctx, false);
+}
+
+SEC("cgroup/getpeername6")
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	return to_frontend(ctx, true);
+}

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/client-go/informers"
+
+	"skep.io/skep/api"
+	"skep.io/skep/dataplane/conntrack"
+	"skep.io/skep/dataplane/flows"
+	"skep.io/skep/dataplane/loader"
+	"skep.io/skep/dataplane/maps"
+	"skep.io/skep/dataplane/network"
+	"skep.io/skep/dataplane/services"
+)
+
+// PortRange is inclusive.
+type PortRange struct{ First, Last uint16 }
+
+// Config of a node's data plane.
+type Config struct {
+	NodeName                   string
+	NodeIPs                    []netip.Addr // the first of each family is lent to translated packets
+	ClusterCIDRs, ServiceCIDRs []netip.Prefix
+	ClusterDNS                 []netip.Addr // on skep0, answered by this node
+	NodePortRange              PortRange    // default 30000-32767
+	CgroupPath                 string       // a cgroup2 directory; processes below it get socket translation
+	BPFDir                     string       // default api.BPFDir
+	Informers                  informers.SharedInformerFactory
+	Log                        *slog.Logger
+	Metrics                    prometheus.Registerer // may be nil
+}
+
+// Dataplane is this node's.
+type Dataplane struct {
+	cfg        Config
+	loader     *loader.Loader
+	maps       *maps.Maps
+	services   *services.Controller
+	collectors []prometheus.Collector
+
+	mu       sync.Mutex // of all below, and of everything that changes links or the network
+	podCIDRs []netip.Prefix
+}
+
+// New loads the programs, or puts them in place of those that an earlier process left, and attaches
+// them. The informers must be started after it.
+func New(ctx context.Context, cfg Config) (*Dataplane, error) {
+	if cfg.NodePortRange == (PortRange{}) {
+		cfg.NodePortRange = PortRange{30000, 32767}
+	}
+	if cfg.BPFDir == "" {
+		cfg.BPFDir = api.BPFDir
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	l, err := loader.Load(loader.Config{
+		Dir: cfg.BPFDir, NodePortMin: cfg.NodePortRange.First, NodePortMax: cfg.NodePortRange.Last, Log: cfg.Log,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("data plane: %w", err)
+	}
+	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps()}
+	if err := d.start(ctx); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("data plane: %w", err)
+	}
+	return d, nil
+}
+
+func (d *Dataplane) start(ctx context.Context) error {
+	if err := d.syncNode(); err != nil {
+		return err
+	}
+	var err error
+	d.services, err = services.NewController(services.Config{
+		NodeName: d.cfg.NodeName, Informers: d.cfg.Informers, Store: d.maps, Capacity: d.maps.Capacity(),
+		Log: d.cfg.Log, Metrics: d.cfg.Metrics,
+	})
+	if err != nil {
+		return err
+	}
+	if err := d.loader.AttachSockets(d.cfg.CgroupPath); err != nil {
+		return err
+	}
+	if err := d.loader.AttachIngress(); err != nil {
+		return err
+	}
+	if err := d.adoptPods(); err != nil {
+		return err
+	}
+	if err := d.loader.RemoveOldMaps(); err != nil {
+		return err
+	}
+	return d.register(ctx)
+}
+
+// adoptPods gives the pods that an earlier process attached the programs of this one.
+func (d *Dataplane) adoptPods() error {
+	indexes, err := d.loader.Pods()
+	if err != nil {
+		return err
+	}
+	for _, index := range slices.Compact(slices.Sorted(slices.Values(indexes))) {
+		if _, err := net.InterfaceByIndex(index); err != nil {
+			d.cfg.Log.Info("the device of a pod is gone, detaching", "ifindex", index)
+			if err := d.loader.DetachPod(index); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := d.loader.AttachPod(index); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Dataplane) register(context.Context) error {
+	if d.cfg.Metrics == nil {
+		return nil
+	}
+	c := flows.NewCollector(d.maps.Counters)
+	if err := d.cfg.Metrics.Register(c); err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
+	d.collectors = append(d.collectors, c)
+	return nil
+}
+
+// Run keeps the kernel as the API wants it until ctx ends. Programs stay attached.
+func (d *Dataplane) Run(ctx context.Context) error {
+	defer d.Close()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+
+	gc := &conntrack.Collector{Table: d.loader, Lifetimes: conntrack.Defaults, Log: d.cfg.Log}
+	wg.Go(func() { gc.Run(ctx) })
+	wg.Go(func() { d.watchNode(ctx) })
+	err := d.services.Run(ctx)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+// Close releases what this process holds; what is attached stays. Run does it by itself.
+func (d *Dataplane) Close() {
+	for _, c := range d.collectors {
+		d.cfg.Metrics.Unregister(c)
+	}
+	d.collectors = nil
+	d.loader.Close()
+}
+
+// Services answers which addresses serve a Service.
+func (d *Dataplane) Services() *services.Table { return d.services.Table() }
+
+// Synced is closed when every Service known at start is in the kernel.
+func (d *Dataplane) Synced() <-chan struct{} { return d.services.Synced() }
+
+// FailedServices lists those that could not be written to the kernel and are being retried.
+func (d *Dataplane) FailedServices() map[string]error { return d.services.Failed() }
+
+// ConfigureNode makes device skep0, routes and rules for the node's pod ranges.
+func (d *Dataplane) ConfigureNode(ctx context.Context, podCIDRs []netip.Prefix) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.podCIDRs = slices.Clone(podCIDRs)
+	return d.configure(ctx)
+}
+
+// configure is called with mu held.
+func (d *Dataplane) configure(ctx context.Context) error {
+	err := network.Configure(ctx, network.Config{
+		ClusterCIDRs: d.cfg.ClusterCIDRs, ServiceCIDRs: d.cfg.ServiceCIDRs,
+		ServiceAddresses: d.cfg.ClusterDNS, Log: d.cfg.Log,
+	}, d.podCIDRs)
+	if err == nil {
+		err = d.syncNodeLocked()
+	}
+	if err != nil {
+		return fmt.Errorf("node network: %w", err)
+	}
+	return nil
+}
+
+// AttachEndpoint connects a pod: its addresses become known and its veth gets the programs.
+func (d *Dataplane) AttachEndpoint(_ context.Context, e Endpoint) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	v := maps.Endpoint{Ifindex: uint32(e.Ifindex)}
+	copy(v.PodMAC[:], e.PodMAC)
+	copy(v.HostMAC[:], e.HostMAC)
+	for _, a := range e.Addrs {
+		if err := d.maps.SetEndpoint(a.Unmap(), v); err != nil {
+			return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+		}
+	}
+	if err := d.loader.AttachPod(e.Ifindex); err != nil {
+		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+	}
+	return nil
+}
+
+// DetachEndpoint undoes AttachEndpoint, also when the device is already gone.
+func (d *Dataplane) DetachEndpoint(_ context.Context, e Endpoint) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for _, a := range e.Addrs {
+		errs = append(errs, d.maps.DeleteEndpoint(a.Unmap(), uint32(e.Ifindex)))
+	}
+	if e.Ifindex > 0 {
+		errs = append(errs, d.loader.DetachPod(e.Ifindex))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+	}
+	return nil
+}
+
+// PruneEndpoints detaches every pod but those to keep, and attaches what of them is missing.
+func (d *Dataplane) PruneEndpoints(ctx context.Context, keep []Endpoint) error {
+	var errs []error
+	addrs, indexes := map[netip.Addr]int{}, map[int]bool{}
+	for _, e := range keep {
+		indexes[e.Ifindex] = true
+		for _, a := range e.Addrs {
+			addrs[a.Unmap()] = e.Ifindex
+		}
+		errs = append(errs, d.AttachEndpoint(ctx, e))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	known, err := d.maps.Endpoints()
+	if err != nil {
+		return err
+	}
+	for a, e := range known {
+		if index, ok := addrs[a]; !ok || uint32(index) != e.Ifindex {
+			errs = append(errs, d.maps.DeleteEndpoint(a, e.Ifindex))
+		}
+	}
+	attached, err := d.loader.Pods()
+	if err != nil {
+		return err
+	}
+	for _, index := range attached {
+		if !indexes[index] {
+			errs = append(errs, d.loader.DetachPod(index))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// SteerIngress hands connections to port of any of the node's addresses to l, until l is closed.
+func (d *Dataplane) SteerIngress(_ context.Context, port uint16, l *net.TCPListener) error {
+	raw, err := l.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("ingress port %d: %w", port, err)
+	}
+	var inner error
+	err = raw.Control(func(fd uintptr) { inner = d.maps.SetListener(port, fd) })
+	if err = errors.Join(err, inner); err != nil {
+		return fmt.Errorf("ingress port %d: %w", port, err)
+	}
+	return nil
+}
+
+// Cleanup removes every trace of a data plane from the host. dir is where it was pinned; empty for
+// api.BPFDir. Repeating it is no error.
+func Cleanup(ctx context.Context, dir string) error {
+	if dir == "" {
+		dir = api.BPFDir
+	}
+	return errors.Join(loader.Cleanup(dir), network.Cleanup(ctx))
+}

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package flows brings what the kernel programs counted to Prometheus.
+package flows
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Counter is one index of the programs' counters map.
+type Counter struct {
+	Metric, Help string
+	Labels       prometheus.Labels
+}
+
+// Counters in the order of enum counter in bpf/counters.h.
+var Counters = []Counter{
+	{connections, connectionsHelp, prometheus.Labels{"hook": "connect", "result": "translated"}},
+	{connections, connectionsHelp, prometheus.Labels{"hook": "connect", "result": "refused"}},
+	{connections, connectionsHelp, prometheus.Labels{"hook": "sendmsg", "result": "translated"}},
+	{connections, connectionsHelp, prometheus.Labels{"hook": "sendmsg", "result": "refused"}},
+	{packets, packetsHelp, prometheus.Labels{"path": "from-pod"}},
+	{packets, packetsHelp, prometheus.Labels{"path": "to-pod"}},
+	{packets, packetsHelp, prometheus.Labels{"path": "redirected"}},
+	{"skep_dataplane_translated_flows_total", "Flows to services that were translated packet by packet.", nil},
+	{drops, dropsHelp, prometheus.Labels{"reason": "spoofed-source"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "malformed"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "no-local-backend"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "no-free-source-port"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "rewrite-refused"}},
+	{"skep_dataplane_ingress_connections_total", "Connections handed to the ingress listener.", nil},
+}
+
+const (
+	connections     = "skep_dataplane_socket_requests_total"
+	connectionsHelp = "Sockets' requests for a service's address."
+	packets         = "skep_dataplane_packets_total"
+	packetsHelp     = "Packets by the way they took."
+	drops           = "skep_dataplane_drops_total"
+	dropsHelp       = "Packets dropped, by reason."
+)
+
+// Collector reads the counters when Prometheus asks.
+type Collector struct {
+	read  func() ([]uint64, error)
+	descs []*prometheus.Desc
+}
+
+// NewCollector of what read returns.
+func NewCollector(read func() ([]uint64, error)) *Collector {
+	c := &Collector{read: read}
+	for _, n := range Counters {
+		c.descs = append(c.descs, prometheus.NewDesc(n.Metric, n.Help, nil, n.Labels))
+	}
+	return c
+}
+
+// Describe implements prometheus.Collector.
+func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range c.descs {
+		ch <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (c *Collector) Collect(ch chan<- prometheus.Metric) {
+	values, err := c.read()
+	for i, d := range c.descs {
+		if err != nil || i >= len(values) {
+			ch <- prometheus.NewInvalidMetric(d, err)
+			continue
+		}
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(values[i]))
+	}
+}

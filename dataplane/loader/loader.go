@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package loader loads the kernel programs, attaches them, and pins maps and links so that both
+// outlive the process. A process that starts anew opens the pinned maps and puts its own programs
+// into the pinned links with one update each: at no moment is a hook without a program.
+package loader
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/rlimit"
+	"golang.org/x/sys/unix"
+
+	"skep.io/skep/bpf"
+	"skep.io/skep/dataplane/maps"
+)
+
+// Config says where and how to load.
+type Config struct {
+	Dir                      string // on a BPF file system
+	NodePortMin, NodePortMax uint16
+	Log                      *slog.Logger
+}
+
+// Loader holds the loaded programs. What it attached stays when it is closed.
+type Loader struct {
+	cfg         Config
+	collections []*ebpf.Collection
+	programs    map[string]*ebpf.Program
+	maps        *maps.Maps
+}
+
+// Programs of each object, all loaded at once.
+var objects = []struct {
+	name string
+	load func() (*ebpf.CollectionSpec, error)
+}{
+	{"socket", bpf.LoadSocket},
+	{"pod", bpf.LoadPod},
+	{"host", bpf.LoadHost},
+	{"ingress", bpf.LoadIngress},
+}
+
+// Load opens the maps pinned under Dir, or makes them, and loads all programs.
+func Load(cfg Config) (*Loader, error) {
+	if err := EnsureBPFFS(cfg.Dir); err != nil {
+		return nil, err
+	}
+	// Before Linux 5.11 maps count against a limit; since then this does nothing.
+	if err := rlimit.RemoveMemlock(); err != nil {
+		cfg.Log.Warn("cannot raise the limit of locked memory", "err", err)
+	}
+	specs, err := specs(cfg)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(cfg.Dir, "maps-"+layout(specs))
+	for _, d := range []string{dir, cfg.links()} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, fmt.Errorf("directory for pins: %w", err)
+		}
+	}
+	l := &Loader{cfg: cfg, programs: map[string]*ebpf.Program{}}
+	byName := map[string]*ebpf.Map{}
+	for i, spec := range specs {
+		coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: dir}})
+		if err != nil {
+			l.Close()
+			return nil, fmt.Errorf("loading %s programs: %w", objects[i].name, explain(err))
+		}
+		l.collections = append(l.collections, coll)
+		for name, p := range coll.Programs {
+			l.programs[name] = p
+		}
+		for name, m := range coll.Maps {
+			byName[name] = m
+		}
+	}
+	if l.maps, err = maps.New(byName); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (c Config) links() string { return filepath.Join(c.Dir, "links") }
+
+func specs(cfg Config) ([]*ebpf.CollectionSpec, error) {
+	cookie, err := netnsCookie()
+	if err != nil {
+		return nil, err
+	}
+	settings := map[string]any{
+		"node_netns_cookie": cookie,
+		"node_port_min":     cfg.NodePortMin,
+		"node_port_max":     cfg.NodePortMax,
+	}
+	var out []*ebpf.CollectionSpec
+	for _, o := range objects {
+		spec, err := o.load()
+		if err != nil {
+			return nil, fmt.Errorf("object %s: %w", o.name, err)
+		}
+		for name, v := range settings {
+			if s, ok := spec.Variables[name]; ok {
+				if err := s.Set(v); err != nil {
+					return nil, fmt.Errorf("object %s: setting %s: %w", o.name, name, err)
+				}
+			}
+		}
+		out = append(out, spec)
+	}
+	return out, nil
+}
+
+// layout names what the pinned maps look like, so that another version's are never read as ours.
+func layout(specs []*ebpf.CollectionSpec) string {
+	var lines []string
+	for _, s := range specs {
+		for name, m := range s.Maps {
+			if m.Pinning == ebpf.PinByName {
+				lines = append(lines, fmt.Sprint(name, m.Type, m.KeySize, m.ValueSize, m.MaxEntries, m.Flags))
+			}
+		}
+	}
+	slices.Sort(lines)
+	lines = append(slices.Compact(lines), fmt.Sprint(maps.LayoutVersion))
+	sum := sha256.Sum256([]byte(strings.Join(lines, "\n")))
+	return hex.EncodeToString(sum[:4])
+}
+
+// explain adds what an operator can do.
+func explain(err error) error {
+	var v *ebpf.VerifierError
+	switch {
+	case errors.As(err, &v):
+		return fmt.Errorf("the kernel's verifier refuses it; this kernel may be too old (5.15 is the oldest meant to work): %w", err)
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("%w (needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)", err)
+	case errors.Is(err, ebpf.ErrMapIncompatible):
+		return fmt.Errorf("%w (a pinned map has another layout: `skep reset` removes it)", err)
+	}
+	return err
+}
+
+// netnsCookie identifies the network namespace this runs in.
+func netnsCookie() (uint64, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("network namespace cookie: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err != nil {
+		return 0, fmt.Errorf("network namespace cookie (Linux 5.14 or later is needed): %w", err)
+	}
+	return cookie, nil
+}
+
+// Maps that the programs use.
+func (l *Loader) Maps() *maps.Maps { return l.maps }
+
+// Program by its name in C.
+func (l *Loader) Program(name string) *ebpf.Program { return l.programs[name] }
+
+// Close releases what this process holds. Pinned maps and links stay.
+func (l *Loader) Close() {
+	for _, c := range l.collections {
+		c.Close()
+	}
+	if l.maps != nil {
+		l.maps.Close()
+	}
+}
+
+// RemoveOldMaps deletes maps of other layouts. Call it once every hook has the new programs.
+func (l *Loader) RemoveOldMaps() error {
+	specs, err := specs(l.cfg)
+	if err != nil {
+		return err
+	}
+	keep := "maps-" + layout(specs)
+	entries, err := os.ReadDir(l.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), "maps-") && e.Name() != keep {
+			l.cfg.Log.Info("removing maps of another layout", "dir", e.Name())
+			errs = append(errs, os.RemoveAll(filepath.Join(l.cfg.Dir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// attach puts a program into the link pinned as name, if that is one of the target's, else makes and
+// pins a new one.
+func (l *Loader) attach(name, program string, ours func(*link.Info) bool, create func(*ebpf.Program) (link.Link, error)) error {
+	prog, ok := l.programs[program]
+	if !ok {
+		return fmt.Errorf("no program %q", program)
+	}
+	path := filepath.Join(l.cfg.links(), name)
+	old, err := link.LoadPinnedLink(path, nil)
+	if err == nil {
+		info, err := old.Info()
+		// The kernel refuses an update of a link whose target is gone (ENOLINK).
+		if err == nil && ours(info) && old.Update(prog) == nil {
+			return old.Close()
+		}
+		l.cfg.Log.Debug("link is of another target, replacing it", "link", name)
+		err = errors.Join(old.Unpin(), old.Close())
+		if err != nil {
+			return fmt.Errorf("stale link %s: %w", name, err)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("pinned link %s: %w", name, err)
+	}
+	fresh, err := create(prog)
+	if err != nil {
+		return err
+	}
+	defer fresh.Close()
+	if err := fresh.Pin(path); err != nil {
+		return fmt.Errorf("pinning link %s: %w", name, err)
+	}
+	return nil
+}
+
+func (l *Loader) detach(name string) error {
+	err := os.Remove(filepath.Join(l.cfg.links(), name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Cleanup detaches every program and removes every map pinned under dir.
+func Cleanup(dir string) error {
+	// Links first, so that no program meets a missing map. Pins are all that hold them.
+	err := errors.Join(os.RemoveAll(filepath.Join(dir, "links")), os.RemoveAll(dir))
+	if err != nil {
+		return fmt.Errorf("pinned programs and maps: %w", err)
+	}
+	return nil
+}
+
+// EnsureBPFFS mounts the BPF file system at /sys/fs/bpf if dir is meant to be on it and it is not
+// mounted.
+func EnsureBPFFS(dir string) error {
+	parent := dir
+	var st unix.Statfs_t
+	for {
+		err := unix.Statfs(parent, &st)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) || parent == "/" {
+			return fmt.Errorf("directory for pins %s: %w", dir, err)
+		}
+		parent = filepath.Dir(parent)
+	}
+	if st.Type == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	const standard = "/sys/fs/bpf"
+	if parent != standard {
+		return fmt.Errorf("%s is not on a BPF file system: mount one (mount -t bpf bpf %s)", dir, parent)
+	}
+	if err := unix.Mount("bpf", standard, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mounting the BPF file system at %s: %w", standard, err)
+	}
+	return nil
+}

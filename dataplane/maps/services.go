@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package maps
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// Snapshot is everything the services' maps hold.
+type Snapshot struct {
+	Services map[ServiceKey]Service
+	Slots    map[SlotKey]uint32
+	Backends map[uint32]Backend
+}
+
+// ReadServices reads the services' maps.
+func (m *Maps) ReadServices() (s Snapshot, err error) {
+	if s.Services, err = dump[ServiceKey, Service](m.services); err != nil {
+		return s, fmt.Errorf("services: %w", err)
+	}
+	if s.Slots, err = dump[SlotKey, uint32](m.slots); err != nil {
+		return s, fmt.Errorf("slots: %w", err)
+	}
+	if s.Backends, err = dump[uint32, Backend](m.backends); err != nil {
+		return s, fmt.Errorf("backends: %w", err)
+	}
+	return s, nil
+}
+
+// PutService swaps one frontend's entry.
+func (m *Maps) PutService(v Service) error {
+	if err := m.services.Put(&v.Key, &v); err != nil {
+		return full("services", err)
+	}
+	return nil
+}
+
+// DeleteService removes a frontend. That it is not there is no error.
+func (m *Maps) DeleteService(k ServiceKey) error {
+	return gone(m.services.Delete(&k))
+}
+
+// PutBackends writes backends by id.
+func (m *Maps) PutBackends(ids []uint32, values []Backend) error {
+	return put(m.backends, "backends", ids, values)
+}
+
+// PutSlots writes a generation's slots.
+func (m *Maps) PutSlots(keys []SlotKey, values []uint32) error {
+	return put(m.slots, "slots", keys, values)
+}
+
+// DeleteBackends removes backends. That one is not there is no error.
+func (m *Maps) DeleteBackends(ids []uint32) error {
+	for i := range ids {
+		if err := gone(m.backends.Delete(&ids[i])); err != nil {
+			return fmt.Errorf("backend %d: %w", ids[i], err)
+		}
+	}
+	return nil
+}
+
+// DeleteSlots removes slots. That one is not there is no error.
+func (m *Maps) DeleteSlots(keys []SlotKey) error {
+	for i := range keys {
+		if err := gone(m.slots.Delete(&keys[i])); err != nil {
+			return fmt.Errorf("slot %v: %w", keys[i], err)
+		}
+	}
+	return nil
+}
+
+// WaitReaders returns when every program that was running has ended, so that what was unlinked
+// before has no reader left. The kernel promises this of an update of a map of maps
+// (maybe_wait_bpf_programs), which is all that the fence is for.
+func (m *Maps) WaitReaders() error {
+	if err := m.fence.Put(uint32(0), m.node); err != nil {
+		return fmt.Errorf("waiting for programs to leave old entries: %w", err)
+	}
+	return nil
+}
+
+func put[K, V any](m *ebpf.Map, name string, keys []K, values []V) error {
+	switch len(keys) {
+	case 0:
+		return nil
+	case 1:
+		return full(name, m.Put(&keys[0], &values[0]))
+	}
+	_, err := m.BatchUpdate(keys, values, nil)
+	return full(name, err)
+}
+
+func full(name string, err error) error {
+	if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOSPC) {
+		return fmt.Errorf("map %s is full: fewer services or endpoints, or a larger map, are needed: %w", name, err)
+	}
+	if err != nil {
+		return fmt.Errorf("map %s: %w", name, err)
+	}
+	return nil
+}
+
+func gone(err error) error {
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	}
+	return err
+}

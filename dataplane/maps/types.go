@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package maps gives Go types to what the kernel programs read, and is the only place that touches
+// a BPF map. The layouts are those of the headers in bpf/; a test compares them with the objects.
+package maps
+
+import (
+	"encoding/binary"
+	"net/netip"
+)
+
+// LayoutVersion is raised when the meaning of a map's bytes changes while its sizes do not. Sizes
+// are taken into account by themselves.
+const LayoutVersion = 1
+
+// Address is 16 bytes, IPv4 as v4-mapped IPv6.
+type Address [16]byte
+
+// AddressOf converts from netip.
+func AddressOf(a netip.Addr) Address { return a.As16() }
+
+// Addr converts to netip; a v4-mapped address becomes IPv4.
+func (a Address) Addr() netip.Addr { return netip.AddrFrom16(a).Unmap() }
+
+// Port is in network byte order.
+type Port [2]byte
+
+// PortOf converts from host byte order.
+func PortOf(p uint16) (out Port) {
+	binary.BigEndian.PutUint16(out[:], p)
+	return out
+}
+
+// Number converts to host byte order.
+func (p Port) Number() uint16 { return binary.BigEndian.Uint16(p[:]) }
+
+// Transport protocols, as IP numbers them.
+const (
+	TCP = 6
+	UDP = 17
+)
+
+// Scopes of a frontend.
+const (
+	ScopeInternal = 0 // asked from this node or its pods
+	ScopeExternal = 1 // arrived from outside the node
+)
+
+// ServiceKey is a frontend. The address of a NodePort is the unspecified one of its family.
+type ServiceKey struct {
+	Addr  Address
+	Port  Port
+	Proto uint8
+	Scope uint8
+}
+
+// Flags of a Service.
+const (
+	ServiceAffinity = 1 << 0
+	ServiceLocal    = 1 << 1
+)
+
+// Service is what a frontend leads to: a generation of a backend set. Key repeats the frontend's
+// key, by which a reader recognises an element that the kernel recycled while it was read.
+type Service struct {
+	Key             ServiceKey
+	ID              uint32
+	Generation      uint32 // with Count one word, swapped as one (little endian only)
+	Count           uint32
+	AffinitySeconds uint32
+	Flags           uint32
+}
+
+// SlotKey finds one of a generation's backends; its value is the backend's id.
+type SlotKey struct {
+	Service    uint32
+	Generation uint32
+	Slot       uint32
+}
+
+// Backend belongs to one backend set.
+type Backend struct {
+	Addr    Address
+	Port    Port
+	Proto   uint8
+	State   uint8
+	Service uint32
+}
+
+// Endpoint is a pod of this node.
+type Endpoint struct {
+	Ifindex uint32
+	PodMAC  [6]byte
+	HostMAC [6]byte
+}
+
+// Node holds the source addresses that the node lends to translated packets.
+type Node struct {
+	AddressV4, AddressV6 Address
+	GatewayV4, GatewayV6 Address
+}
+
+// Tuple is a packet's addresses and ports as it arrives.
+type Tuple struct {
+	Saddr, Daddr Address
+	Sport, Dport Port
+	Proto        uint8
+	Pad          [3]uint8
+}
+
+// Reverse is the tuple of the answer.
+func (t Tuple) Reverse() Tuple {
+	t.Saddr, t.Daddr = t.Daddr, t.Saddr
+	t.Sport, t.Dport = t.Dport, t.Sport
+	return t
+}
+
+// Flags of a Flow.
+const (
+	FlowTranslated   = 1 << 0
+	FlowReply        = 1 << 1
+	FlowSeen         = 1 << 2
+	FlowFin          = 1 << 3
+	FlowRst          = 1 << 4
+	FlowSourceIsNode = 1 << 5
+)
+
+// Flow is one direction of a connection.
+type Flow struct {
+	LastSeen uint64 // ns of the kernel's coarse monotonic clock
+	To       Tuple  // what a translated packet becomes
+	Service  uint32
+	Flags    uint32
+	Backend  uint32
+	Pad      uint32
+}
+
+// AffinityKey is a client of a backend set.
+type AffinityKey struct {
+	Client  Address
+	Service uint32
+	ByNetns uint32
+}
+
+// Affinity is the backend a client was given.
+type Affinity struct {
+	LastUsed uint64
+	Backend  uint32
+	Pad      uint32
+}

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package dataplane
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"skep.io/skep/dataplane/maps"
+	"skep.io/skep/dataplane/network"
+)
+
+// syncNode tells the programs what the node's addresses are, and attaches the host programs to the
+// devices that hold them.
+func (d *Dataplane) syncNode() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.syncNodeLocked()
+}
+
+func (d *Dataplane) syncNodeLocked() error {
+	all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("addresses of the node: %w", err)
+	}
+	have := make([]address, 0, len(all))
+	for _, a := range all {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			have = append(have, address{ip.Unmap(), a.LinkIndex})
+		}
+	}
+	addrs, devices := nodeAddresses(d.cfg.NodeIPs, have)
+	if err := d.maps.SetNodeAddresses(addrs); err != nil {
+		return err
+	}
+	if err := d.maps.SetNode(node(d.cfg.NodeIPs, d.podCIDRs)); err != nil {
+		return err
+	}
+	for _, index := range devices {
+		link, err := netlink.LinkByIndex(index)
+		if err != nil || link.Attrs().EncapType == "loopback" {
+			continue // gone meanwhile, or lo, whose connections the sockets translate
+		}
+		if err := d.loader.AttachHost(index); err != nil {
+			return err
+		}
+	}
+	old, err := d.loader.Hosts()
+	if err != nil {
+		return err
+	}
+	for _, index := range old {
+		if !slices.Contains(devices, index) {
+			if err := d.loader.DetachHost(index); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+type address struct {
+	ip     netip.Addr
+	device int
+}
+
+// nodeAddresses says which addresses and devices are the node's: those given, and what else is on the
+// devices that hold them. It is pure.
+func nodeAddresses(given []netip.Addr, have []address) (addrs []netip.Addr, devices []int) {
+	addrs = slices.Clone(given)
+	for _, a := range have {
+		if slices.Contains(given, a.ip) && !slices.Contains(devices, a.device) {
+			devices = append(devices, a.device)
+		}
+	}
+	for _, a := range have {
+		if slices.Contains(devices, a.device) && !slices.Contains(addrs, a.ip) && !a.ip.IsLinkLocalUnicast() && !a.ip.IsLoopback() {
+			addrs = append(addrs, a.ip)
+		}
+	}
+	return addrs, devices
+}
+
+// node picks what the programs lend. It is pure.
+func node(ips []netip.Addr, podCIDRs []netip.Prefix) maps.Node {
+	var n maps.Node
+	for _, a := range slices.Backward(ips) {
+		if a.Is4() {
+			n.AddressV4 = maps.AddressOf(a)
+		} else {
+			n.AddressV6 = maps.AddressOf(a)
+		}
+	}
+	// Until the node has pod ranges its own addresses serve for hairpins, too.
+	n.GatewayV4, n.GatewayV6 = n.AddressV4, n.AddressV6
+	for _, p := range slices.Backward(podCIDRs) {
+		if p.Addr().Is4() {
+			n.GatewayV4 = maps.AddressOf(network.Gateway(p))
+		} else {
+			n.GatewayV6 = maps.AddressOf(network.Gateway(p))
+		}
+	}
+	return n
+}
+
+// repairInterval bounds how long a flushed netfilter chain stays so: netfilter tells nobody.
+const repairInterval = time.Minute
+
+// watchNode repairs the node's network when somebody changes addresses, links or routes.
+func (d *Dataplane) watchNode(ctx context.Context) {
+	addrs := make(chan netlink.AddrUpdate, 64)
+	routes := make(chan netlink.RouteUpdate, 64)
+	links := make(chan netlink.LinkUpdate, 64)
+	fail := func(err error) {
+		if ctx.Err() == nil {
+			d.cfg.Log.Warn("watching the node's network", "err", err)
+		}
+	}
+	if err := netlink.AddrSubscribeWithOptions(addrs, ctx.Done(), netlink.AddrSubscribeOptions{ErrorCallback: fail}); err != nil {
+		fail(err)
+		addrs = nil
+	}
+	if err := netlink.RouteSubscribeWithOptions(routes, ctx.Done(), netlink.RouteSubscribeOptions{ErrorCallback: fail}); err != nil {
+		fail(err)
+		routes = nil
+	}
+	if err := netlink.LinkSubscribeWithOptions(links, ctx.Done(), netlink.LinkSubscribeOptions{ErrorCallback: fail}); err != nil {
+		fail(err)
+		links = nil
+	}
+	tick := time.NewTicker(repairInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case a, ok := <-addrs:
+			if !ok {
+				addrs = nil
+				continue
+			}
+			if d.isPodDevice(a.LinkIndex) {
+				continue
+			}
+		case r, ok := <-routes:
+			if !ok {
+				routes = nil
+				continue
+			}
+			if r.Type != unix.RTM_DELROUTE || r.Route.Type != unix.RTN_UNREACHABLE {
+				continue
+			}
+		case l, ok := <-links:
+			if !ok {
+				links = nil
+				continue
+			}
+			if l.Header.Type != unix.RTM_DELLINK || l.Attrs().Name != network.Device {
+				continue
+			}
+		case <-tick.C:
+		}
+		d.repair(ctx)
+	}
+}
+
+func (d *Dataplane) isPodDevice(index int) bool {
+	pods, err := d.loader.Pods()
+	return err == nil && slices.Contains(pods, index)
+}
+
+func (d *Dataplane) repair(ctx context.Context) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var err error
+	if d.podCIDRs == nil {
+		err = d.syncNodeLocked()
+	} else {
+		err = d.configure(ctx)
+	}
+	if err != nil && ctx.Err() == nil {
+		d.cfg.Log.Error("the node's network could not be repaired, will retry", "err", err)
+	}
+}

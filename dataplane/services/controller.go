@@ -1,0 +1,335 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package services
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/informers"
+	corelisters "k8s.io/client-go/listers/core/v1"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/util/workqueue"
+)
+
+// Config of a Controller.
+type Config struct {
+	NodeName  string
+	Informers informers.SharedInformerFactory
+	Store     Store
+	Capacity  map[string]uint32 // of the maps, for the metric of their pressure; may be nil
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer // may be nil
+}
+
+// Controller watches Services and EndpointSlices and keeps Table and maps.
+type Controller struct {
+	cfg        Config
+	table      *Table
+	reconciler *Reconciler
+	services   corelisters.ServiceLister
+	slices     cache.Indexer
+	synced     []cache.InformerSynced
+	queue      workqueue.TypedRateLimitingInterface[string]
+	complete   chan struct{}
+
+	mu     sync.Mutex
+	failed map[string]error
+
+	applied    prometheus.Histogram
+	failures   prometheus.Counter
+	sizes      [3]atomic.Int64
+	collectors []prometheus.Collector
+}
+
+const byService = "skep.io/dataplane/service"
+
+// NewController reads what the maps hold and registers with the informers, which the caller starts.
+func NewController(cfg Config) (*Controller, error) {
+	r, err := NewReconciler(cfg.Store)
+	if err != nil {
+		return nil, fmt.Errorf("reading services from the kernel: %w", err)
+	}
+	c := &Controller{
+		cfg:        cfg,
+		table:      NewTable(),
+		reconciler: r,
+		failed:     map[string]error{},
+		complete:   make(chan struct{}),
+		// The first retry comes after a millisecond: the kernel's errors are mostly momentary.
+		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](time.Millisecond, 30*time.Second)),
+	}
+	if err := c.watch(); err != nil {
+		return nil, err
+	}
+	if err := c.register(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *Controller) watch() error {
+	svcs := c.cfg.Informers.Core().V1().Services()
+	slices := c.cfg.Informers.Discovery().V1().EndpointSlices()
+	c.services = svcs.Lister()
+	c.slices = slices.Informer().GetIndexer()
+	if _, ok := c.slices.GetIndexers()[byService]; !ok {
+		if err := slices.Informer().AddIndexers(cache.Indexers{byService: indexByService}); err != nil {
+			return fmt.Errorf("index of EndpointSlices: %w", err)
+		}
+	}
+	a, err := svcs.Informer().AddEventHandler(c.handler(func(o any) string {
+		key, _ := cache.MetaNamespaceKeyFunc(o)
+		return key
+	}))
+	if err != nil {
+		return fmt.Errorf("watching Services: %w", err)
+	}
+	b, err := slices.Informer().AddEventHandler(c.handler(func(o any) string {
+		keys, _ := indexByService(o)
+		if len(keys) == 0 {
+			return ""
+		}
+		return keys[0]
+	}))
+	if err != nil {
+		return fmt.Errorf("watching EndpointSlices: %w", err)
+	}
+	// The handlers' own HasSynced: every object of the first list is in the queue by then.
+	c.synced = []cache.InformerSynced{a.HasSynced, b.HasSynced}
+	return nil
+}
+
+func indexByService(o any) ([]string, error) {
+	s, ok := o.(*discoveryv1.EndpointSlice)
+	if !ok || s.Labels[discoveryv1.LabelServiceName] == "" {
+		return nil, nil
+	}
+	return []string{s.Namespace + "/" + s.Labels[discoveryv1.LabelServiceName]}, nil
+}
+
+func (c *Controller) handler(key func(any) string) cache.ResourceEventHandlerFuncs {
+	add := func(o any) {
+		if d, ok := o.(cache.DeletedFinalStateUnknown); ok {
+			o = d.Obj
+		}
+		if k := key(o); k != "" {
+			c.queue.Add(k)
+		}
+	}
+	return cache.ResourceEventHandlerFuncs{
+		AddFunc: add,
+		UpdateFunc: func(old, new any) {
+			if key(old) != key(new) {
+				add(old)
+			}
+			add(new)
+		},
+		DeleteFunc: add,
+	}
+}
+
+// Table is for Lookup.
+func (c *Controller) Table() *Table { return c.table }
+
+// Synced is closed when every Service known at start is in the kernel and what nobody wants is gone.
+func (c *Controller) Synced() <-chan struct{} { return c.complete }
+
+// Failed lists Services that could not be written, with the last error; they are being retried.
+func (c *Controller) Failed() map[string]error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make(map[string]error, len(c.failed))
+	for k, v := range c.failed {
+		out[k] = v
+	}
+	return out
+}
+
+// Run writes changes until ctx ends. Nothing is written before all informers have synced: a Service
+// without its EndpointSlices would look as if it had no backends.
+func (c *Controller) Run(ctx context.Context) error {
+	defer c.unregister()
+	if !cache.WaitForCacheSync(ctx.Done(), c.synced...) {
+		return ctx.Err()
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	context.AfterFunc(ctx, c.queue.ShutDown)
+
+	initial := map[string]bool{}
+	all, err := c.services.List(labels.Everything())
+	if err != nil {
+		return err
+	}
+	for _, s := range all {
+		initial[s.Namespace+"/"+s.Name] = true
+	}
+	pruned := false
+	prune := func() {
+		if pruned || len(initial) > 0 {
+			return
+		}
+		if err := c.reconciler.Prune(); err != nil {
+			c.cfg.Log.Error("services of an earlier run are still in the kernel", "err", err)
+			c.queue.AddRateLimited("") // the empty key only leads here again
+			return
+		}
+		pruned = true
+		close(c.complete)
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			c.collect(ctx)
+		}()
+	}
+	prune()
+	for {
+		key, shutdown := c.queue.Get()
+		if shutdown {
+			return nil
+		}
+		if c.sync(key) == nil {
+			c.queue.Forget(key)
+		} else {
+			c.queue.AddRateLimited(key)
+		}
+		c.queue.Done(key)
+		delete(initial, key) // even if it failed: what it has is claimed, what it lacks is retried
+		prune()
+	}
+}
+
+func (c *Controller) sync(key string) error {
+	if key == "" {
+		return nil
+	}
+	start := time.Now()
+	want, err := c.desired(key)
+	if err == nil {
+		err = c.reconciler.Apply(key, want.Sets)
+	}
+	services, slots, backends := c.reconciler.Size()
+	c.sizes[0].Store(int64(services))
+	c.sizes[1].Store(int64(slots))
+	c.sizes[2].Store(int64(backends))
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil {
+		c.failed[key] = err
+		c.failures.Inc()
+		c.cfg.Log.Error("service is not programmed, will retry", "service", key, "err", err)
+		return err
+	}
+	if _, was := c.failed[key]; was {
+		delete(c.failed, key)
+		c.cfg.Log.Info("service is programmed", "service", key)
+	}
+	c.applied.Observe(time.Since(start).Seconds())
+	return nil
+}
+
+// desired also puts the Service into the table, or takes it out.
+func (c *Controller) desired(key string) (Desired, error) {
+	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	if err != nil {
+		return Desired{}, nil
+	}
+	svc, err := c.services.Services(namespace).Get(name)
+	if apierrors.IsNotFound(err) {
+		c.table.delete(key)
+		return Desired{}, nil
+	}
+	if err != nil {
+		return Desired{}, err
+	}
+	objects, err := c.slices.ByIndex(byService, key)
+	if err != nil {
+		return Desired{}, err
+	}
+	eps := make([]*discoveryv1.EndpointSlice, 0, len(objects))
+	for _, o := range objects {
+		eps = append(eps, o.(*discoveryv1.EndpointSlice))
+	}
+	want := Build(svc, eps, c.cfg.NodeName)
+	c.table.set(key, want.Ports)
+	return want, nil
+}
+
+func (c *Controller) collect(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.reconciler.Garbage():
+		}
+		for delay := 10 * time.Millisecond; ; delay = min(delay*2, 30*time.Second) {
+			err := c.reconciler.Collect()
+			if err == nil {
+				break
+			}
+			c.cfg.Log.Error("old entries stay in the kernel, will retry", "err", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(delay):
+			}
+		}
+	}
+}
+
+func (c *Controller) register() error {
+	c.applied = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "skep_dataplane_service_apply_seconds",
+		Help:    "Time to write one changed Service into the kernel.",
+		Buckets: prometheus.ExponentialBuckets(20e-6, 4, 8),
+	})
+	c.failures = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "skep_dataplane_service_failures_total",
+		Help: "Attempts to write a Service into the kernel that failed.",
+	})
+	c.collectors = []prometheus.Collector{c.applied, c.failures}
+	for i, name := range []string{"services", "slots", "backends"} {
+		c.collectors = append(c.collectors, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name:        "skep_dataplane_map_entries",
+			Help:        "Entries of a BPF map.",
+			ConstLabels: prometheus.Labels{"map": name},
+		}, func() float64 { return float64(c.sizes[i].Load()) }))
+		if capacity := c.cfg.Capacity[name]; capacity > 0 {
+			c.collectors = append(c.collectors, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+				Name:        "skep_dataplane_map_pressure",
+				Help:        "Entries of a BPF map as a share of what fits.",
+				ConstLabels: prometheus.Labels{"map": name},
+			}, func() float64 { return float64(c.sizes[i].Load()) / float64(capacity) }))
+		}
+	}
+	if c.cfg.Metrics == nil {
+		return nil
+	}
+	var errs []error
+	for _, m := range c.collectors {
+		errs = append(errs, c.cfg.Metrics.Register(m))
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Controller) unregister() {
+	if c.cfg.Metrics == nil {
+		return
+	}
+	for _, m := range c.collectors {
+		c.cfg.Metrics.Unregister(m)
+	}
+}

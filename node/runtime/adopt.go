@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -62,11 +63,8 @@ func (r *Runtime) settle(ctx context.Context, c *container, task *tasktypes.Proc
 		}
 		close(c.done)
 	case task == nil && st.State == Running:
-		// A reboot, or a shim that was killed while nobody looked.
-		st.State, st.PID, st.ExitCode, st.FinishedAt = Exited, 0, 255, time.Now()
-		st.Reason, st.Message = "ContainerStatusUnknown", "The container's process was gone when the node's agent started"
-		r.save(c, st)
-		close(c.done)
+		// It ended while no agent ran, and containerd has deleted its task at start.
+		r.ended(c)
 	case task == nil:
 		// Created and never started.
 	case task.Status == tasktypes.Status_STOPPED:
@@ -146,8 +144,8 @@ func (r *Runtime) sweep(ctx context.Context) error {
 		return err
 	}
 	for _, f := range files {
-		id, ok := strings.CutSuffix(f.Name(), ".json")
-		if ok && r.containers[id] == nil {
+		id := strings.TrimSuffix(f.Name(), filepath.Ext(f.Name()))
+		if r.containers[id] == nil {
 			if err := r.removeStatus(id); err != nil {
 				return err
 			}

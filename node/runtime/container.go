@@ -113,6 +113,9 @@ func (r *Runtime) statusDir() string { return filepath.Join(r.cfg.DataDir, "cont
 
 func (r *Runtime) statusPath(id string) string { return filepath.Join(r.statusDir(), id+".json") }
 
+// exitPath is the file in which the shim says how the container ended.
+func (r *Runtime) exitPath(id string) string { return filepath.Join(r.statusDir(), id+".exit") }
+
 // save publishes and writes a status.
 func (r *Runtime) save(c *container, s status) {
 	c.set(s)
@@ -142,8 +145,10 @@ func (r *Runtime) loadStatus(id string) (status, error) {
 }
 
 func (r *Runtime) removeStatus(id string) error {
-	if err := os.Remove(r.statusPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	for _, f := range []string{r.statusPath(id), r.exitPath(id)} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
 	}
 	return nil
 }

@@ -142,6 +142,19 @@ func testSandboxes(dir string) (*sandbox.Sandboxes, error) {
 
 func newNode(t testing.TB) *node {
 	t.Helper()
+	n := emptyNode(t)
+	n.open()
+	imported, err := n.Images().ImportDir(context.Background(), filepath.Join(n.dir, "images"))
+	if err != nil || len(imported) != 1 {
+		t.Fatalf("import: %v, %v", imported, err)
+	}
+	n.image = imported[0]
+	return n
+}
+
+// emptyNode is a directory with an image archive in it.
+func emptyNode(t testing.TB) *node {
+	t.Helper()
 	// Unix socket paths are short: not t.TempDir.
 	dir, err := os.MkdirTemp("", "skrt")
 	if err != nil {
@@ -149,23 +162,23 @@ func newNode(t testing.TB) *node {
 	}
 	n := &node{t: t, dir: dir}
 	t.Cleanup(func() { n.close() })
-	if n.Runtime, err = New(context.Background(), testConfig(dir)); err != nil {
-		t.Fatal(err)
-	}
-	if n.sandboxes, err = testSandboxes(dir); err != nil {
-		t.Fatal(err)
-	}
 	images := filepath.Join(dir, "images")
 	if err := os.Mkdir(images, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	writeArchive(t, filepath.Join(images, "prog.tar"), progImage(t), testImage)
-	imported, err := n.Images().ImportDir(context.Background(), images)
-	if err != nil || len(imported) != 1 {
-		t.Fatalf("import: %v, %v", imported, err)
-	}
-	n.image = imported[0]
 	return n
+}
+
+func (n *node) open() {
+	n.t.Helper()
+	var err error
+	if n.Runtime, err = New(context.Background(), testConfig(n.dir)); err != nil {
+		n.t.Fatal(err)
+	}
+	if n.sandboxes, err = testSandboxes(n.dir); err != nil {
+		n.t.Fatal(err)
+	}
 }
 
 func writeArchive(t testing.TB, path string, img v1.Image, ref string) {
@@ -258,32 +271,33 @@ func processes(dir string) []string {
 	for _, l := range lines {
 		data, err := os.ReadFile(l)
 		text := strings.ReplaceAll(string(data), "\x00", " ")
-		if err == nil && strings.Contains(text, dir) && l != fmt.Sprintf("/proc/%d/cmdline", os.Getpid()) {
+		if err == nil && strings.Contains(text, dir) && l != fmt.Sprintf("/proc/%d/cmdline", os.Getpid()) && strings.Contains(text, shimName) {
 			found = append(found, l+" "+text)
 		}
 	}
 	return found
 }
 
-func (n *node) sandbox(pod string) *sandbox.Sandbox {
-	n.t.Helper()
-	b, err := n.sandboxes.Create(context.Background(), sandbox.Spec{
-		PodUID: types.UID(pod), Namespace: "default", Name: pod, Hostname: pod, CgroupParent: n.cgroupRoot() + "/pod" + pod,
-	})
-	if err != nil {
-		n.t.Fatal(err)
+func (n *node) sandboxSpec(pod string) sandbox.Spec {
+	return sandbox.Spec{PodUID: types.UID(pod), Namespace: "default", Name: pod, Hostname: pod, CgroupParent: n.cgroupRoot() + "/pod" + pod}
+}
+
+func (n *node) containerSpec(pod string, box *sandbox.Sandbox, args ...string) ContainerSpec {
+	return ContainerSpec{
+		PodUID: types.UID(pod), PodNamespace: "default", PodName: pod, Name: "main", ImageID: n.image.ID, Image: "skep/prog",
+		Args: args, Sandbox: box, CgroupParent: n.cgroupRoot() + "/pod" + pod,
+		LogPath: filepath.Join(n.dir, "logs", pod, "main", "0.log"), Annotations: map[string]string{"hash": "1234"},
 	}
-	return b
 }
 
 // spec is a container of the test program in a pod of its own name.
 func (n *node) spec(pod string, args ...string) ContainerSpec {
 	n.t.Helper()
-	return ContainerSpec{
-		PodUID: types.UID(pod), PodNamespace: "default", PodName: pod, Name: "main", ImageID: n.image.ID, Image: "skep/prog",
-		Args: args, Sandbox: n.sandbox(pod), CgroupParent: n.cgroupRoot() + "/pod" + pod,
-		LogPath: filepath.Join(n.dir, "logs", pod, "main", "0.log"), Annotations: map[string]string{"hash": "1234"},
+	box, err := n.sandboxes.Create(context.Background(), n.sandboxSpec(pod))
+	if err != nil {
+		n.t.Fatal(err)
 	}
+	return n.containerSpec(pod, box, args...)
 }
 
 func (n *node) run(spec ContainerSpec) string {

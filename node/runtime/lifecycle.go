@@ -23,11 +23,14 @@ import (
 
 	"skep.io/skep/node/runtime/crilog"
 	"skep.io/skep/node/runtime/shimio"
-	"skep.io/skep/node/sandbox/cgroup"
 )
 
-// startErrorCode is the exit code of a container whose process was never there.
-const startErrorCode = 128
+// Exit codes that Kubernetes' users know: of a container whose process was never there, and of one whose end
+// nobody saw.
+const (
+	startErrorCode = 128
+	unknownCode    = 137
+)
 
 // killPatience is how long Stop waits after SIGKILL: longer means a process that the kernel cannot end.
 const killPatience = 30 * time.Second
@@ -78,7 +81,7 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 		Terminal:    c.def.TTY,
 		Stdout: shimio.Stdio{
 			LogPath: c.def.LogPath, MaxSize: r.cfg.LogSize, MaxFiles: r.cfg.LogFiles, Socket: r.attachSocket(c.id),
-			Stdin: c.def.Stdin, StdinOnce: c.def.StdinOnce,
+			ExitPath: r.exitPath(c.id), Cgroup: c.def.Cgroup, Stdin: c.def.Stdin, StdinOnce: c.def.StdinOnce,
 		}.URI(),
 	}
 	for _, m := range mounts {
@@ -115,32 +118,35 @@ func (r *Runtime) harvest(c *container) {
 
 // reap is harvest's work; c.op is held.
 func (r *Runtime) reap(ctx context.Context, c *container) {
+	_, err := r.client.TaskService().Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+	if ctx.Err() != nil {
+		return
+	}
+	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		r.log.Warn("task of an ended container is not deleted", "container", c.def.Name, "pod", c.def.PodName, "namespace", c.def.PodNamespace, "error", err)
+	}
+	r.ended(c)
+}
+
+// ended settles how a container ended: by what its shim wrote, if it could.
+func (r *Runtime) ended(c *container) {
 	s := c.state()
 	s.State, s.PID = Exited, 0
-	stats, err := cgroup.Read(c.def.Cgroup)
-	c.mu.Lock()
-	s.OOMKilled = c.oom || (err == nil && stats.OOMKills > 0)
-	c.mu.Unlock()
-	resp, err := r.client.TaskService().Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
-	switch {
-	case err == nil:
-		s.ExitCode = int32(resp.ExitStatus)
-		if resp.ExitedAt != nil {
-			s.FinishedAt = resp.ExitedAt.AsTime()
+	exit, err := shimio.ReadExit(r.exitPath(c.id))
+	if err == nil {
+		s.ExitCode, s.FinishedAt = int32(exit.Status), exit.At
+		c.mu.Lock()
+		oom := c.oom || exit.OOMKills > 0
+		c.mu.Unlock()
+		if oom && exit.Status != 0 {
+			s.OOMKilled, s.Reason = true, "OOMKilled"
 		}
-	case ctx.Err() != nil:
-		return
-	default:
-		r.log.Warn("how a container ended is not known", "container", c.def.Name, "pod", c.def.PodName, "namespace", c.def.PodNamespace, "error", err)
-		s.ExitCode, s.Reason, s.Message = 137, "ContainerStatusUnknown", "The container could not be located when it ended"
+	} else {
+		// A reboot, or a shim that was killed itself.
+		s.ExitCode, s.Reason, s.Message = unknownCode, "ContainerStatusUnknown", "How the container's process ended is not known: its shim is gone"
 	}
 	if s.FinishedAt.IsZero() || s.FinishedAt.Before(s.StartedAt) {
 		s.FinishedAt = time.Now()
-	}
-	if s.OOMKilled && s.ExitCode != 0 {
-		s.Reason = "OOMKilled"
-	} else {
-		s.OOMKilled = false
 	}
 	r.save(c, s)
 	close(c.done)

@@ -26,6 +26,8 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+
+	"skep.io/skep/node/sandbox/cgroup"
 )
 
 // Registration is the shim's task plugin: containerd's own, wrapped.
@@ -108,18 +110,34 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 	return resp, nil
 }
 
-// Delete returns once the container's last line is in its log file: who sees the exit sees the log.
+// Delete returns once the container's last line is in its log file, and how it ended is on disk: who sees
+// the exit sees the log.
 func (s *service) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
-	resp, err := s.TTRPCTaskService.Delete(ctx, r)
-	if err != nil || r.ExecID != "" {
-		return resp, err
+	if r.ExecID != "" {
+		return s.TTRPCTaskService.Delete(ctx, r)
 	}
 	s.mu.Lock()
 	cio := s.stdio[r.ID]
+	s.mu.Unlock()
+	var kills uint64
+	if cio != nil && cio.want.Cgroup != "" {
+		// The deletion takes the cgroup with it.
+		if stats, err := cgroup.Read(cio.want.Cgroup); err == nil {
+			kills = stats.OOMKills
+		}
+	}
+	resp, err := s.TTRPCTaskService.Delete(ctx, r)
+	if err != nil || cio == nil {
+		return resp, err
+	}
+	s.mu.Lock()
 	delete(s.stdio, r.ID)
 	s.mu.Unlock()
-	if cio != nil {
-		cio.finish()
+	cio.finish()
+	if cio.want.ExitPath != "" {
+		if err := (Exit{Status: resp.ExitStatus, At: resp.ExitedAt.AsTime(), OOMKills: kills}).write(cio.want.ExitPath); err != nil {
+			log.G(ctx).WithError(err).WithField("id", r.ID).Error("exit status is not written")
+		}
 	}
 	return resp, nil
 }

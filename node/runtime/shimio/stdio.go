@@ -19,6 +19,8 @@ type Stdio struct {
 	MaxSize   int64  // bytes after which the log file is rotated; 0: never
 	MaxFiles  int    // log files kept, the current one included
 	Socket    string // unix socket for attach; empty: none
+	ExitPath  string // file that says how the process ended; see Exit. Empty: none
+	Cgroup    string // the container's, for Exit
 	Stdin     bool   // keep a stdin open
 	StdinOnce bool   // close stdin when the first who attached closes his
 }
@@ -29,6 +31,8 @@ func (s Stdio) URI() string {
 	q.Set("size", strconv.FormatInt(s.MaxSize, 10))
 	q.Set("files", strconv.Itoa(s.MaxFiles))
 	q.Set("socket", s.Socket)
+	q.Set("exit", s.ExitPath)
+	q.Set("cgroup", s.Cgroup)
 	q.Set("stdin", strconv.FormatBool(s.Stdin))
 	q.Set("once", strconv.FormatBool(s.StdinOnce))
 	return (&url.URL{Scheme: scheme, Path: s.LogPath, RawQuery: q.Encode()}).String()
@@ -44,7 +48,7 @@ func Parse(stdout string) (s Stdio, ok bool, err error) {
 		return Stdio{}, false, fmt.Errorf("stdout URI: %w", err)
 	}
 	q := u.Query()
-	s.LogPath, s.Socket = u.Path, q.Get("socket")
+	s.LogPath, s.Socket, s.ExitPath, s.Cgroup = u.Path, q.Get("socket"), q.Get("exit"), q.Get("cgroup")
 	if s.MaxSize, err = strconv.ParseInt(q.Get("size"), 10, 64); err != nil {
 		return Stdio{}, false, fmt.Errorf("stdout URI: size: %w", err)
 	}

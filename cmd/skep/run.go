@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"runtime/debug"
 	"strconv"
@@ -16,11 +17,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apiserver/pkg/authentication/serviceaccount"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
 	"skep.io/skep/controlplane/apiserver"
+	"skep.io/skep/controlplane/controllers"
 	"skep.io/skep/controlplane/pki"
 	"skep.io/skep/controlplane/scheduler"
 	"skep.io/skep/controlplane/store"
@@ -87,18 +90,69 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 }
 
 // parts lists everything that runs in this process: the place to add a part.
-func (p *process) parts(context.Context) ([]part, error) {
+func (p *process) parts(ctx context.Context) ([]part, error) {
 	schedulerClient, err := p.client("system:kube-scheduler")
 	if err != nil {
 		return nil, err
 	}
-	return []part{
+	controllersConfig, err := p.controllersConfig()
+	if err != nil {
+		return nil, err
+	}
+	agent, err := p.newAgent(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return append([]part{
 		{"apiserver", p.server.Run},
-		{"scheduler", func(ctx context.Context) error {
+		p.onceReady("controllers", func(ctx context.Context) error { return controllers.Run(ctx, controllersConfig) }),
+		p.onceReady("scheduler", func(ctx context.Context) error {
 			return scheduler.Run(ctx, scheduler.Config{Client: schedulerClient, Informers: p.informers,
 				Log: p.log.With("part", "scheduler"), Metrics: p.metrics})
-		}},
+		}),
+	}, agent.parts()...), nil
+}
+
+// onceReady starts a part that needs the API from its first moment on: upstream's controllers end
+// the process when discovery fails.
+func (p *process) onceReady(name string, run func(context.Context) error) part {
+	return part{name, func(ctx context.Context) error {
+		select {
+		case <-p.server.Ready():
+			return run(ctx)
+		case <-ctx.Done():
+			return nil
+		}
+	}}
+}
+
+func (p *process) controllersConfig() (controllers.Config, error) {
+	client, err := p.client("system:skep", "system:masters")
+	if err != nil {
+		return controllers.Config{}, err
+	}
+	key, err := os.ReadFile(p.authority.ServiceAccountKeyFile())
+	if err != nil {
+		return controllers.Config{}, fmt.Errorf("service account key: %w", err)
+	}
+	return controllers.Config{
+		Client: client, Informers: p.informers,
+		RESTConfig: func(user string) *rest.Config {
+			return p.config(user, accountGroups(user)...)
+		},
+		ClusterCIDRs: p.settings.clusterCIDRs, ServiceCIDRs: p.settings.serviceCIDRs,
+		RootCA: p.authority.CAPEM(), ServiceAccountKey: key,
+		Log: p.log.With("part", "controllers"), Metrics: p.metrics,
 	}, nil
+}
+
+// accountGroups are the groups that the API server gives to a service account's token.
+func accountGroups(user string) []string {
+	namespace, _, err := serviceaccount.SplitUsername(user)
+	if err != nil {
+		return nil // not a service account
+	}
+	return serviceaccount.MakeGroupNames(namespace)
 }
 
 // runParts runs all parts until ctx ends or the first of them returns an error.

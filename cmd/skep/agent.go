@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+
+	"skep.io/skep/dataplane"
+	"skep.io/skep/ingress"
+	"skep.io/skep/node/sandbox/cgroup"
+)
+
+// agent is what every node runs.
+type agent struct {
+	p         *process
+	dataplane *dataplane.Dataplane
+	ingress   *ingress.Server
+}
+
+func (p *process) newAgent(ctx context.Context) (*agent, error) {
+	a := &agent{p: p}
+	cgroup2, err := unifiedHierarchy()
+	if err != nil {
+		return nil, err
+	}
+	a.dataplane, err = dataplane.New(ctx, dataplane.Config{
+		NodeName: p.settings.nodeName, NodeIPs: p.settings.nodeIPs,
+		ClusterCIDRs: p.settings.clusterCIDRs, ServiceCIDRs: p.settings.serviceCIDRs, ClusterDNS: p.settings.clusterDNS,
+		NodePortRange: dataplane.PortRange{
+			First: uint16(p.settings.nodePortRange.Base),
+			Last:  uint16(p.settings.nodePortRange.Base + p.settings.nodePortRange.Size - 1),
+		},
+		CgroupPath: cgroup2, Informers: p.informers, Log: p.log.With("part", "dataplane"), Metrics: p.metrics,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if a.ingress, err = a.newIngress(ctx); err != nil {
+		a.dataplane.Close()
+		return nil, err
+	}
+	return a, nil
+}
+
+func (a *agent) parts() []part {
+	return []part{
+		{"dataplane", a.dataplane.Run},
+		{"ingress", a.ingress.Run},
+	}
+}
+
+// newIngress makes the proxy with its listeners. They listen on loopback and a port that nobody
+// knows; the kernel hands them what arrives for the ingress ports of the node's addresses.
+func (a *agent) newIngress(ctx context.Context) (*ingress.Server, error) {
+	client, err := a.p.client("system:skep", "system:masters")
+	if err != nil {
+		return nil, err
+	}
+	s := a.p.settings
+	plain, err := a.steered(ctx, s.ingressHTTPPort)
+	if err != nil {
+		return nil, err
+	}
+	secure, err := a.steered(ctx, s.ingressHTTPSPort)
+	if err != nil {
+		return nil, errors.Join(err, plain.Close())
+	}
+	server, err := ingress.New(ingress.Config{
+		Client: client, Informers: a.p.informers, Backends: a.dataplane.Services(), NodeIPs: s.nodeIPs,
+		ListenHTTP: plain, ListenHTTPS: secure, HTTPSPort: s.ingressHTTPSPort,
+		StatusAddresses: func() []netip.Addr { return s.nodeIPs },
+		Log:             a.p.log.With("part", "ingress"), Metrics: a.p.metrics,
+	})
+	if err != nil {
+		return nil, errors.Join(err, plain.Close(), secure.Close())
+	}
+	return server, nil
+}
+
+// steered listens on loopback and has the data plane hand it the connections to port. A socket of
+// family IPv6 takes both families' connections (bpf_sk_assign allows it where IPV6_V6ONLY is off).
+func (a *agent) steered(ctx context.Context, port uint16) (net.Listener, error) {
+	var config net.ListenConfig
+	config.SetMultipathTCP(false) // a socket map takes plain TCP only
+	l, err := config.Listen(ctx, "tcp", "[::1]:0")
+	if err != nil {
+		l, err = config.Listen(ctx, "tcp", "127.0.0.1:0")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ingress port %d: %w", port, err)
+	}
+	if err := a.dataplane.SteerIngress(ctx, port, l.(*net.TCPListener)); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// unifiedHierarchy is where the cgroup v2 hierarchy is mounted: the socket hooks attach to its root,
+// so that they serve pods and the host's own processes.
+func unifiedHierarchy() (string, error) {
+	hierarchies, err := cgroup.Hierarchies()
+	if err != nil {
+		return "", err
+	}
+	for _, h := range hierarchies {
+		if h.Unified {
+			return h.Mount, nil
+		}
+	}
+	return "", errors.New("no cgroup v2 hierarchy is mounted: `skep check` says how to mount it")
+}

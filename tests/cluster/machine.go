@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -143,8 +142,7 @@ func (m *Machine) Path(path string) string { return fmt.Sprintf("/proc/%d/root%s
 // Command prepares a command that runs on the machine, in its namespaces and cgroups. The command is
 // looked up on the machine, with the environment's PATH.
 func (m *Machine) Command(ctx context.Context, argv ...string) *exec.Cmd {
-	where, _ := json.Marshal(place{Pid: m.Pid(), Cgroups: m.cgroups}) // strings and a number: cannot fail
-	args := append(self("enter", string(where)), argv...)
+	args := append(self("enter", m.Place()), argv...)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Env = os.Environ()
 	// A process that ignores its end must not hold the test.
@@ -198,52 +196,4 @@ func (m *Machine) links() (*netlink.Handle, netns.NsHandle, error) {
 		return nil, ns, fmt.Errorf("open network of %s: %w", m.name, err)
 	}
 	return h, ns, nil
-}
-
-// place is where enterMain goes.
-type place struct {
-	Pid     int
-	Cgroups []string
-}
-
-// enterMain runs a command inside: cgroups first, by the paths of the machine outside, then
-// namespaces on one thread, then exec, which ends all other threads.
-func enterMain(args []string) error {
-	var p place
-	if err := json.Unmarshal([]byte(args[0]), &p); err != nil {
-		return fmt.Errorf("read place: %w", err)
-	}
-	if err := joinCgroups(p.Cgroups); err != nil {
-		return err
-	}
-	runtime.LockOSThread()
-	// A mount namespace can only be joined by a thread that shares its root and directory with nobody.
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return fmt.Errorf("unshare fs: %w", err)
-	}
-	kinds := map[string]int{"net": unix.CLONE_NEWNET, "uts": unix.CLONE_NEWUTS, "mnt": unix.CLONE_NEWNS}
-	if len(p.Cgroups) > 0 {
-		kinds["cgroup"] = unix.CLONE_NEWCGROUP
-	}
-	opened := map[string]int{}
-	for kind := range kinds {
-		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/%s", p.Pid, kind), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open %s namespace of %d: %w", kind, p.Pid, err)
-		}
-		opened[kind] = fd
-	}
-	for kind, flag := range kinds {
-		if err := unix.Setns(opened[kind], flag); err != nil {
-			return fmt.Errorf("enter %s namespace: %w", kind, err)
-		}
-	}
-	if err := unix.Chdir("/"); err != nil {
-		return err
-	}
-	path, err := exec.LookPath(args[1])
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("exec %s: %w", path, syscall.Exec(path, args[1:], os.Environ()))
 }

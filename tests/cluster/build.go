@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// Built is what a node needs: SKEP_BIN names a directory of binaries to use instead of building them.
+type Built struct {
+	Bin    string // skep and the shim
+	Images string // archives of the images below
+}
+
+// Images that Build makes: scripts call them busybox:1, hello:v1, hello:v2 and hello:v3, too. The
+// hello images are the same program with another greeting each, for rolling updates.
+const (
+	BusyboxImage = "docker.io/library/busybox:1"
+	HelloImage   = "skep.io/examples/hello:latest"
+)
+
+// Build makes skep, the shim and the test images in dir, from the checkout that the calling test or
+// command was built from.
+func Build(ctx context.Context, dir string) (Built, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return Built{}, err
+	}
+	root, err := moduleRoot(ctx)
+	if err != nil {
+		return Built{}, err
+	}
+	b := Built{Bin: os.Getenv("SKEP_BIN"), Images: filepath.Join(dir, "images")}
+	if err := os.MkdirAll(b.Images, 0o755); err != nil {
+		return Built{}, err
+	}
+	build := func(out string, packages ...string) error {
+		return run(ctx, root, append([]string{"go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out}, packages...)...)
+	}
+	if b.Bin == "" {
+		b.Bin = filepath.Join(dir, "bin")
+		if err := build(b.Bin+"/", "./cmd/..."); err != nil {
+			return Built{}, err
+		}
+	} else if !filepath.IsAbs(b.Bin) {
+		b.Bin = filepath.Join(root, b.Bin)
+	}
+	image, web := filepath.Join(dir, "image"), filepath.Join(dir, "web")
+	if err := build(image, "./examples/image"); err != nil {
+		return Built{}, err
+	}
+	if err := build(web, "./examples/hello/web"); err != nil {
+		return Built{}, err
+	}
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		return Built{}, fmt.Errorf("the test image needs a static busybox: apt-get install busybox-static: %w", err)
+	}
+	commands := [][]string{{image, "--tag", BusyboxImage, "--output", filepath.Join(b.Images, "busybox.tar"), "--busybox", busybox}}
+	for _, tag := range []string{HelloImage, "docker.io/library/hello:v1", "docker.io/library/hello:v2", "docker.io/library/hello:v3"} {
+		file := strings.NewReplacer("/", "-", ":", "-").Replace(tag) + ".tar"
+		commands = append(commands, []string{
+			image, "--tag", tag, "--output", filepath.Join(b.Images, file), "--busybox", busybox,
+			"--env", "GREETING=" + strings.TrimPrefix(tag, "docker.io/library/"), web,
+		})
+	}
+	for _, command := range commands {
+		if err := run(ctx, root, command...); err != nil {
+			return Built{}, err
+		}
+	}
+	return b, nil
+}
+
+func moduleRoot(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		return "", fmt.Errorf("find the module's directory: %w", err)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+func run(ctx context.Context, dir string, argv ...string) error {
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", strings.Join(argv, " "), err, out)
+	}
+	return nil
+}
+
+// Need skips a test that this host cannot run: it records the fact in the file $SKEP_SKIPS. With
+// CI=true it fails the test, because there a skip would hide a regression.
+func Need(t testing.TB) {
+	t.Helper()
+	m, err := newMachine(fmt.Sprintf("probe-%d", os.Getpid()), setup{}, true)
+	if err == nil {
+		m.stop()
+		err = removeCgroups(m.all, m.cgroup, settleLimit)
+	}
+	if err == nil {
+		return
+	}
+	if path := os.Getenv("SKEP_SKIPS"); path != "" {
+		f, openErr := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+		if openErr == nil {
+			fmt.Fprintf(f, "%s: %s\n", t.Name(), strings.ReplaceAll(err.Error(), "\n", "; "))
+			openErr = f.Close()
+		}
+		if openErr != nil {
+			t.Fatal("record a skip: ", openErr)
+		}
+	}
+	if os.Getenv("CI") == "true" {
+		t.Fatal("cannot run here, and CI must not skip: ", err)
+	}
+	t.Skip("cannot run here: ", err)
+}

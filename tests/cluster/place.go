@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cluster
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// place is where enterMain goes.
+type place struct {
+	Pid     int
+	Cgroups []string
+	NetOnly bool // the process's network and cgroups, not its files
+}
+
+func (p place) String() string {
+	raw, _ := json.Marshal(p) // strings and numbers: cannot fail
+	return string(raw)
+}
+
+// Place names the machine to EnterFrom, as a string that fits an environment variable.
+func (m *Machine) Place() string { return place{Pid: m.Pid(), Cgroups: m.cgroups}.String() }
+
+// enterMain runs a command inside: arguments are the place and the command.
+func enterMain(args []string) error {
+	if len(args) < 2 {
+		return errors.New("enter: a place and a command are needed")
+	}
+	return EnterFrom(args[0], args[1:])
+}
+
+// EnterFrom replaces the calling process by a command inside a place. A name of one of this
+// package's tools (http, dial, serve, load) runs that.
+func EnterFrom(where string, argv []string) error {
+	var p place
+	if err := json.Unmarshal([]byte(where), &p); err != nil {
+		return fmt.Errorf("read place: %w", err)
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		dir = "/"
+	}
+	if err := p.enter(); err != nil {
+		return err
+	}
+	// The directory is the same one where both machines have it, as they do for what tests make.
+	if err := unix.Chdir(dir); err != nil {
+		if err := unix.Chdir("/"); err != nil {
+			return err
+		}
+	}
+	path, err := exec.LookPath(argv[0])
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("exec %s: %w", path, syscall.Exec(path, argv, os.Environ()))
+}
+
+// EnterTool is EnterFrom for one of this package's tools.
+func EnterTool(where, role string, args []string) error {
+	return EnterFrom(where, self(role, args...))
+}
+
+// enter changes the calling thread: cgroups first, by the paths of the machine outside, then
+// namespaces. The exec that follows ends all other threads.
+func (p place) enter() error {
+	if err := joinCgroups(p.Cgroups); err != nil {
+		return err
+	}
+	runtime.LockOSThread()
+	kinds := map[string]int{"net": unix.CLONE_NEWNET}
+	if !p.NetOnly {
+		// A mount namespace can only be joined by a thread that shares its root and directory with nobody.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare fs: %w", err)
+		}
+		kinds["uts"], kinds["mnt"] = unix.CLONE_NEWUTS, unix.CLONE_NEWNS
+		if len(p.Cgroups) > 0 {
+			kinds["cgroup"] = unix.CLONE_NEWCGROUP
+		}
+	}
+	opened := map[string]int{}
+	for kind := range kinds {
+		fd, err := unix.Open(fmt.Sprintf("/proc/%d/ns/%s", p.Pid, kind), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("open %s namespace of %d: %w", kind, p.Pid, err)
+		}
+		opened[kind] = fd
+	}
+	for kind, flag := range kinds {
+		if err := unix.Setns(opened[kind], flag); err != nil {
+			return fmt.Errorf("enter %s namespace: %w", kind, err)
+		}
+	}
+	return nil
+}
+
+// podProcess finds a process of a running pod, and its cgroup2.
+func (n *Node) podProcess(uid string) (pid int, dir string, err error) {
+	for _, h := range n.all {
+		if !h.V2 {
+			continue
+		}
+		dirs, err := cgroupDirs(filepath.Join(h.Mount, n.cgroup))
+		if err != nil {
+			return 0, "", err
+		}
+		for _, dir := range dirs {
+			if !strings.Contains(strings.ReplaceAll(dir, "_", "-"), uid) {
+				continue
+			}
+			procs, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			if err != nil {
+				continue
+			}
+			if _, err := fmt.Sscan(string(procs), &pid); err == nil && pid != 0 {
+				return pid, dir, nil
+			}
+		}
+	}
+	return 0, "", fmt.Errorf("no process of pod %s in the cgroups of node %s", uid, n.Name)
+}
+
+// KillPod ends a container of the pod as a crash of its program would.
+func (n *Node) KillPod(uid string) error {
+	pid, _, err := n.podProcess(uid)
+	if err != nil {
+		return err
+	}
+	return unix.Kill(pid, unix.SIGKILL)
+}
+
+// PodTool prepares one of this package's tools in the network and cgroup2 of a running pod: a client
+// whose sockets are a pod's.
+func (n *Node) PodTool(ctx context.Context, uid, role string, args ...string) (*exec.Cmd, error) {
+	pid, dir, err := n.podProcess(uid)
+	if err != nil {
+		return nil, err
+	}
+	where := place{Pid: pid, Cgroups: []string{dir}, NetOnly: true}.String()
+	argv := append(self("enter", where), self(role, args...)...)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.WaitDelay = 5 * time.Second
+	return cmd, nil
+}

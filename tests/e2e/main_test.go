@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package e2e runs scripts that use skep as a person would. Those in testdata/shared have a namespace
+// each on one node; those in testdata/own make and break nodes of their own.
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"skep.io/skep/api"
+	"skep.io/skep/tests/cluster"
+)
+
+// The scripts' way to the machines.
+const (
+	nodeEnv    = "SKEP_TEST_NODE"    // place of the node
+	outsideEnv = "SKEP_TEST_OUTSIDE" // place of the client on the node's LAN
+	pathEnv    = "SKEP_TEST_PATH"    // PATH on the node
+)
+
+func TestMain(m *testing.M) {
+	cluster.Helper()
+	testscript.Main(m, map[string]func(){
+		"skep":    command(nodeEnv, "skep"),
+		"kubectl": command(nodeEnv, "kubectl"),
+		"node":    command(nodeEnv),
+		"outside": command(outsideEnv),
+	})
+}
+
+// command is a program for scripts that runs its arguments, after first, elsewhere.
+func command(where string, first ...string) func() {
+	return func() {
+		if err := elsewhere(os.Getenv(where), append(first, os.Args[1:]...)); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
+}
+
+func elsewhere(place string, argv []string) error {
+	if place == "" {
+		return errors.New("there is no node yet: the script needs `server start` or `machine`")
+	}
+	if len(argv) == 0 {
+		return errors.New("a command is needed")
+	}
+	if err := os.Setenv("PATH", os.Getenv(pathEnv)); err != nil {
+		return err
+	}
+	switch argv[0] {
+	case "http", "dial":
+		return cluster.EnterTool(place, argv[0], argv[1:])
+	case "kubectl":
+		if os.Getenv("KUBECONFIG") == "" {
+			if err := os.Setenv("KUBECONFIG", api.KubeconfigPath); err != nil {
+				return err
+			}
+		}
+	}
+	return cluster.EnterFrom(place, argv)
+}
+
+// limits of one step; generous, because tests share two cores.
+const (
+	readyLimit = 3 * time.Minute
+	stepLimit  = 90 * time.Second
+)
+
+func newNode(ctx context.Context, built cluster.Built, name, dir string, args ...string) (*cluster.Node, error) {
+	return cluster.NewNode(ctx, cluster.Options{
+		Name: fmt.Sprintf("%s-%d", name, os.Getpid()), Dir: dir, Bin: built.Bin, ImagesDir: built.Images, Args: args,
+	})
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pods
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	httpprobe "k8s.io/kubernetes/pkg/probe/http"
+
+	"skep.io/skep/node/runtime"
+)
+
+// hooks runs postStart and preStop handlers.
+type hooks struct {
+	runtime runtime.Containers
+	client  *http.Client
+}
+
+func newHooks(rt runtime.Containers) *hooks {
+	return &hooks{runtime: rt, client: &http.Client{Transport: &http.Transport{
+		// A handler answers with whatever certificate it has, as kubelet's callers expect.
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, //#nosec G402
+		DisableKeepAlives: true,
+	}}}
+}
+
+// maxHookAnswer bounds what is read of a hook's answer.
+const maxHookAnswer = 10 << 10
+
+// run executes one handler and returns when it is done or ctx ends.
+func (h *hooks) run(ctx context.Context, handler *corev1.LifecycleHandler, c *corev1.Container, id, podIP string) error {
+	switch {
+	case handler.Exec != nil:
+		var limit time.Duration
+		if d, ok := ctx.Deadline(); ok {
+			limit = time.Until(d)
+		}
+		_, stderr, code, err := h.runtime.ExecSync(ctx, id, handler.Exec.Command, limit)
+		if err != nil {
+			return fmt.Errorf("exec hook of container %s: %w", c.Name, err)
+		}
+		if code != 0 {
+			return fmt.Errorf("exec hook of container %s: command %q exited with %d: %.512s", c.Name, handler.Exec.Command, code, stderr)
+		}
+		return nil
+	case handler.HTTPGet != nil:
+		req, err := httpprobe.NewRequestForHTTPGetAction(handler.HTTPGet, c, podIP, "lifecycle")
+		if err != nil {
+			return fmt.Errorf("http hook of container %s: %w", c.Name, err)
+		}
+		resp, err := h.client.Do(req.WithContext(ctx))
+		if err != nil {
+			return fmt.Errorf("http hook of container %s: %w", c.Name, err)
+		}
+		_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, maxHookAnswer))
+		if err = errors.Join(err, resp.Body.Close()); err != nil {
+			return fmt.Errorf("http hook of container %s: %w", c.Name, err)
+		}
+		if resp.StatusCode >= http.StatusBadRequest {
+			return fmt.Errorf("http hook of container %s: status %d", c.Name, resp.StatusCode)
+		}
+		return nil
+	case handler.Sleep != nil:
+		t := time.NewTimer(time.Duration(handler.Sleep.Seconds) * time.Second)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		return nil
+	default:
+		return fmt.Errorf("hook of container %s has no handler that a node runs", c.Name)
+	}
+}

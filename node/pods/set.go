@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pods
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/record"
+
+	"skep.io/skep/node/probes"
+	"skep.io/skep/node/runtime"
+	"skep.io/skep/node/sandbox"
+)
+
+// Sandboxes makes what the containers of a pod share. *sandbox.Sandboxes implements it.
+type Sandboxes interface {
+	// Create returns the pod's sandbox, making it if it is not there.
+	Create(ctx context.Context, spec sandbox.Spec) (*sandbox.Sandbox, error)
+	Remove(ctx context.Context, pod types.UID) error
+	List(ctx context.Context) ([]*sandbox.Sandbox, error)
+}
+
+// Volumes mounts what containers see of the world. *volumes.Volumes implements it, behind a small adapter.
+type Volumes interface {
+	// Track and Untrack bracket the life of a pod: what it refers to is watched in between.
+	Track(pod *corev1.Pod)
+	Untrack(pod types.UID)
+	// Mount makes all volumes of the pod, or brings them up to date; refresh is when a token needs renewing.
+	Mount(ctx context.Context, pod *corev1.Pod) (refresh time.Time, err error)
+	Unmount(ctx context.Context, pod types.UID) error
+	// Present reports whether something is left to unmount.
+	Present(pod types.UID) bool
+	// List names the pods that have something on disk.
+	List() ([]types.UID, error)
+	ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand func(string) string) ([]runtime.Mount, error)
+}
+
+// Objects are the ConfigMaps and Secrets that pods of this node refer to.
+type Objects interface {
+	ConfigMap(ctx context.Context, namespace, name string) (*corev1.ConfigMap, error)
+	Secret(ctx context.Context, namespace, name string) (*corev1.Secret, error)
+}
+
+// Prober runs the probes of containers. *probes.Probes implements it.
+type Prober interface {
+	// Set has exactly these containers of the pod probed.
+	Set(pod types.UID, targets []probes.Target)
+}
+
+// Config of a Set. All fields are needed unless they say otherwise.
+type Config struct {
+	NodeName       string
+	NodeIPs        []netip.Addr
+	Client         kubernetes.Interface
+	Runtime        runtime.Containers
+	Images         runtime.Images
+	Sandboxes      Sandboxes
+	Volumes        Volumes
+	Objects        Objects
+	Prober         Prober
+	Services       func(namespace string) ([]*corev1.Service, error)
+	ResolvConf     func(pod *corev1.Pod) ([]byte, error)
+	Recorder       record.EventRecorder
+	Dir            string // pods' directories: DATA/pods
+	LogsDir        string // pods' logs: /var/log/pods
+	ClusterDomain  string
+	Allocatable    corev1.ResourceList
+	MemoryCapacity int64 // bytes
+	BootID         string
+	Log            *slog.Logger
+}
+
+// Set is the pods of this node.
+type Set struct {
+	cfg   Config
+	files hostFiles
+	hooks *hooks
+	pulls *pulls
+	ctx   context.Context
+
+	mu      sync.Mutex
+	workers map[types.UID]*worker
+	found   map[types.UID]*remains // what an earlier agent left and no worker has taken over
+	wg      sync.WaitGroup
+}
+
+// remains is what is left of one pod on this host.
+type remains struct {
+	containers []runtime.Container
+	sandbox    *sandbox.Sandbox
+	files      bool
+}
+
+// New reads what an earlier agent left, so that pods which come later find their own. ctx ends all workers.
+func New(ctx context.Context, cfg Config) (*Set, error) {
+	s := &Set{
+		cfg: cfg, files: hostFiles{dir: cfg.Dir, logs: cfg.LogsDir}, ctx: ctx,
+		hooks: newHooks(cfg.Runtime), pulls: newPulls(ctx, cfg.Images),
+		workers: map[types.UID]*worker{}, found: map[types.UID]*remains{},
+	}
+	of := func(uid types.UID) *remains {
+		if s.found[uid] == nil {
+			s.found[uid] = &remains{}
+		}
+		return s.found[uid]
+	}
+	containers, err := cfg.Runtime.List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list containers to adopt: %w", err)
+	}
+	for _, c := range containers {
+		r := of(c.PodUID)
+		r.containers = append(r.containers, c)
+	}
+	boxes, err := cfg.Sandboxes.List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list sandboxes to adopt: %w", err)
+	}
+	for _, b := range boxes {
+		of(b.PodUID).sandbox = b
+	}
+	dirs, err := cfg.Volumes.List()
+	if err != nil {
+		return nil, fmt.Errorf("list volumes to adopt: %w", err)
+	}
+	for _, uid := range dirs {
+		of(uid).files = true
+	}
+	return s, nil
+}
+
+// Run hands the runtime's news to the workers until the Set's context ends, and then waits for them.
+func (s *Set) Run() {
+	for {
+		select {
+		case uid := <-s.cfg.Runtime.Exits():
+			s.withWorker(uid, func(w *worker) { w.listed = false })
+		case <-s.ctx.Done():
+			s.wg.Wait()
+			return
+		}
+	}
+}
+
+// Update tells of a pod that the API has for this node.
+func (s *Set) Update(pod *corev1.Pod) {
+	s.mu.Lock()
+	w := s.workers[pod.UID]
+	if w != nil {
+		s.mu.Unlock()
+		w.post(func() { w.seen(pod) })
+		return
+	}
+	if s.ctx.Err() != nil {
+		s.mu.Unlock()
+		return
+	}
+	w = newWorker(s, pod, s.found[pod.UID])
+	delete(s.found, pod.UID)
+	s.workers[pod.UID] = w
+	s.wg.Add(1)
+	s.mu.Unlock()
+	go func() {
+		defer s.wg.Done()
+		w.loop(s.ctx)
+		s.mu.Lock()
+		delete(s.workers, pod.UID)
+		s.mu.Unlock()
+	}()
+}
+
+// Delete tells that the API no longer has the pod.
+func (s *Set) Delete(pod *corev1.Pod) {
+	s.withWorker(pod.UID, func(w *worker) {
+		w.seen(pod)
+		w.gone = true
+	})
+}
+
+// withWorker runs f in the goroutine that owns the pod, if there is one.
+func (s *Set) withWorker(uid types.UID, f func(w *worker)) {
+	s.mu.Lock()
+	w := s.workers[uid]
+	s.mu.Unlock()
+	if w != nil {
+		w.post(func() { f(w) })
+	}
+}
+
+// VolumesChanged tells that something which the pod's volumes or variables come from has changed.
+func (s *Set) VolumesChanged(uid types.UID) {
+	s.withWorker(uid, func(w *worker) {
+		w.volumes.Stale, w.volumes.Failure = true, nil
+		w.retries.forget(string(MountVolumes))
+		for name, f := range w.starts {
+			if f.Reason == errConfig.Error() {
+				delete(w.starts, name)
+			}
+		}
+	})
+}
+
+// NetworkReady tells that sandboxes that could not be made are worth another try.
+func (s *Set) NetworkReady() {
+	s.mu.Lock()
+	list := make([]*worker, 0, len(s.workers))
+	for _, w := range s.workers {
+		list = append(list, w)
+	}
+	s.mu.Unlock()
+	for _, w := range list {
+		w.post(func() {
+			w.boxFailure = nil
+			w.retries.forget(string(CreateSandbox))
+		})
+	}
+}
+
+// ImagesChanged tells that images have come to this node otherwise than by a pull.
+func (s *Set) ImagesChanged() {
+	s.mu.Lock()
+	list := make([]*worker, 0, len(s.workers))
+	for _, w := range s.workers {
+		list = append(list, w)
+	}
+	s.mu.Unlock()
+	for _, w := range list {
+		w.post(func() {
+			for name, i := range w.images {
+				if i.Failure != nil && !i.Pulling {
+					delete(w.images, name)
+					w.retries.forget(Action{Kind: EnsureImage, Container: name}.key())
+				}
+			}
+		})
+	}
+}
+
+// ProbeResult tells what a probe said.
+func (s *Set) ProbeResult(r probes.Result) {
+	s.withWorker(r.PodUID, func(w *worker) { w.probed(r) })
+}
+
+// Prune removes what an earlier agent left of pods that no longer exist. Call it once, after Update for every pod that does.
+func (s *Set) Prune(ctx context.Context) error {
+	s.mu.Lock()
+	left := s.found
+	s.found = map[types.UID]*remains{}
+	s.mu.Unlock()
+	var errs []error
+	for uid, r := range left {
+		if err := s.clear(ctx, uid, r); err != nil {
+			errs = append(errs, fmt.Errorf("what is left of pod %s: %w", uid, err))
+			continue
+		}
+		s.cfg.Log.Info("removed what was left of a pod that is gone", "uid", uid, "containers", len(r.containers))
+	}
+	return errors.Join(errs...)
+}
+
+// orphanGrace is what the containers of a pod that nobody knows get to end.
+const orphanGrace = 2 * time.Second
+
+func (s *Set) clear(ctx context.Context, uid types.UID, r *remains) error {
+	var errs []error
+	for _, c := range r.containers {
+		if c.State == runtime.Running {
+			if err := s.cfg.Runtime.Stop(ctx, c.ID, orphanGrace); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+		}
+		errs = append(errs, s.cfg.Runtime.Remove(ctx, c.ID))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if r.sandbox != nil {
+		errs = append(errs, s.cfg.Sandboxes.Remove(ctx, uid))
+	}
+	if err := s.cfg.Volumes.Unmount(ctx, uid); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	logs, err := filepath.Glob(filepath.Join(s.files.logs, "*_"+string(uid)))
+	errs = append(errs, err)
+	for _, dir := range logs {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(append(errs, os.RemoveAll(s.files.pod(uid)))...)
+}
+
+// Pods lists the pods of this node, as their workers last saw them.
+func (s *Set) Pods() []*corev1.Pod {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]*corev1.Pod, 0, len(s.workers))
+	for _, w := range s.workers {
+		out = append(out, w.shown.Load())
+	}
+	slices.SortFunc(out, func(a, b *corev1.Pod) int { return strings.Compare(string(a.UID), string(b.UID)) })
+	return out
+}
+
+// Pod finds a pod by name; uid may be empty.
+func (s *Set) Pod(namespace, name string, uid types.UID) (*corev1.Pod, bool) {
+	for _, p := range s.Pods() {
+		if p.Namespace == namespace && p.Name == name && (uid == "" || p.UID == uid) {
+			return p, true
+		}
+	}
+	return nil, false
+}
+
+// LogPath is where the log of one attempt of a container is.
+func (s *Set) LogPath(pod *corev1.Pod, container string, attempt int) string {
+	return s.files.log(pod, container, attempt)
+}

@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pods
+
+import (
+	"context"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+
+	"skep.io/skep/node/probes"
+	"skep.io/skep/node/runtime"
+	"skep.io/skep/node/sandbox"
+)
+
+// worker owns one pod. Everything below mu belongs to its goroutine; others hand it functions to run.
+type worker struct {
+	set   *Set
+	shown atomic.Pointer[corev1.Pod] // for look-ups by others
+
+	mu     sync.Mutex
+	posted []func()
+	notify chan struct{}
+
+	pod        *corev1.Pod
+	gone       bool
+	startTime  time.Time
+	stopTime   time.Time
+	box        *sandbox.Sandbox
+	boxFailure *Failure
+	volumes    VolumeState
+	containers []runtime.Container
+	listed     bool // containers is what the runtime has
+	starting   map[string]bool
+	starts     map[string]*Failure
+	images     map[string]ImageState
+	probes     map[string]ProbeState
+	messages   map[string]string
+	reasons    map[string]string // by container id: why it could not start
+	stopping   map[string]bool   // by container id: told to, the event is out
+	waiting    map[string]int    // by container name: the attempt whose back-off was told of
+	targets    []Target
+	ops        map[string]*op
+	retries    retries
+	reported   *corev1.PodStatus
+	timers     []*time.Timer
+}
+
+// op is an action on its way.
+type op struct {
+	action   Action
+	cancel   context.CancelFunc
+	deadline time.Time // StopContainer: when grace ends
+}
+
+func newWorker(s *Set, pod *corev1.Pod, r *remains) *worker {
+	w := &worker{
+		set: s, pod: pod, notify: make(chan struct{}, 1), startTime: time.Now(), listed: true,
+		starting: map[string]bool{}, starts: map[string]*Failure{}, images: map[string]ImageState{}, probes: map[string]ProbeState{},
+		messages: map[string]string{}, reasons: map[string]string{}, stopping: map[string]bool{}, waiting: map[string]int{},
+		ops: map[string]*op{}, retries: retries{},
+	}
+	w.shown.Store(pod)
+	if t := pod.Status.StartTime; t != nil {
+		w.startTime = t.Time
+	}
+	if r != nil {
+		w.containers, w.box = r.containers, r.sandbox
+		w.volumes.Files = r.files || len(r.containers) > 0
+		w.adopt()
+	}
+	w.volumes.Present = s.cfg.Volumes.Present(pod.UID)
+	w.volumes.Files = w.volumes.Files || s.files.present(pod)
+	return w
+}
+
+// adopt takes over what an earlier agent ran, and believes what it last said of its health, so that nothing that serves
+// stops serving while the probes come round again.
+func (w *worker) adopt() {
+	known := map[string]corev1.ContainerStatus{}
+	for _, s := range slices.Concat(w.pod.Status.InitContainerStatuses, w.pod.Status.ContainerStatuses) {
+		known[s.ContainerID] = s
+	}
+	for _, c := range w.containers {
+		if c.State != runtime.Running {
+			continue
+		}
+		if s, ok := known["containerd://"+c.ID]; ok {
+			w.probes[c.ID] = ProbeState{Started: s.Started != nil && *s.Started, Ready: s.Ready}
+		}
+		// Its volumes are there, or it would not run; Stale has them refreshed.
+		w.volumes.Ready, w.volumes.Stale = true, true
+	}
+	w.listMessages()
+}
+
+// post has f run in the worker's goroutine.
+func (w *worker) post(f func()) {
+	w.mu.Lock()
+	w.posted = append(w.posted, f)
+	w.mu.Unlock()
+	select {
+	case w.notify <- struct{}{}:
+	default:
+	}
+}
+
+func (w *worker) drain() {
+	w.mu.Lock()
+	list := w.posted
+	w.posted = nil
+	w.mu.Unlock()
+	for _, f := range list {
+		f()
+	}
+}
+
+// after has f run in the worker's goroutine in a while.
+func (w *worker) after(d time.Duration, f func()) {
+	w.timers = append(w.timers, time.AfterFunc(d, func() { w.post(f) }))
+}
+
+func (w *worker) loop(ctx context.Context) {
+	w.set.cfg.Volumes.Track(w.pod)
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		w.drain()
+		if !w.listed {
+			w.list(ctx)
+		}
+		o := w.observe()
+		p := plan(w.pod, o)
+		if p.Ending && w.stopTime.IsZero() {
+			w.stopTime = o.Now
+		}
+		w.report(o, &p)
+		w.act(&p)
+		w.probe(p.Probes)
+		w.tellWaiting(&p)
+		if p.Done && len(w.ops) == 0 {
+			break
+		}
+		wait := time.Hour
+		if next := earliest(p.Wake, w.retries.next()); !next.IsZero() {
+			wait = max(time.Until(next), 0)
+		}
+		timer.Reset(wait)
+		select {
+		case <-w.notify:
+		case <-timer.C:
+		case <-ctx.Done():
+			w.end(false)
+			return
+		}
+	}
+	w.end(true)
+}
+
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// end waits for what is on its way. A pod that is gone is no longer watched for; one that is left running stays as it is.
+func (w *worker) end(gone bool) {
+	for _, t := range w.timers {
+		t.Stop()
+	}
+	w.set.cfg.Prober.Set(w.pod.UID, nil)
+	for _, o := range w.ops {
+		o.cancel()
+	}
+	for len(w.ops) > 0 {
+		<-w.notify
+		w.drain()
+	}
+	w.set.cfg.Volumes.Untrack(w.pod.UID)
+	if gone {
+		w.set.cfg.Log.Info("pod is gone", "pod", w.pod.Namespace+"/"+w.pod.Name, "uid", w.pod.UID)
+	}
+}
+
+// seen takes in a newer version of the pod.
+func (w *worker) seen(pod *corev1.Pod) {
+	if older(pod, w.pod) {
+		return
+	}
+	if !equality.Semantic.DeepEqual(pod.Labels, w.pod.Labels) || !equality.Semantic.DeepEqual(pod.Annotations, w.pod.Annotations) {
+		w.volumes.Stale = true // downward API volumes show them
+	}
+	w.pod = pod
+	w.shown.Store(pod)
+}
+
+// older compares resource versions, which the API server hands out in order; what is no number is taken as newer.
+func older(a, b *corev1.Pod) bool {
+	x, err1 := strconv.ParseUint(a.ResourceVersion, 10, 64)
+	y, err2 := strconv.ParseUint(b.ResourceVersion, 10, 64)
+	return err1 == nil && err2 == nil && x < y
+}
+
+// list asks the runtime what there is.
+func (w *worker) list(ctx context.Context) {
+	containers, err := w.set.cfg.Runtime.ListPod(ctx, w.pod.UID)
+	if err != nil {
+		if ctx.Err() == nil {
+			w.set.cfg.Log.Error("list containers", "pod", w.pod.Namespace+"/"+w.pod.Name, "error", err)
+			w.after(time.Second, func() {})
+		}
+		return
+	}
+	w.listed, w.containers = true, containers
+	w.listMessages()
+}
+
+// listMessages reads the last words of containers that have ended.
+func (w *worker) listMessages() {
+	here := map[string]bool{}
+	for i := range w.containers {
+		c := &w.containers[i]
+		here[c.ID] = true
+		if c.Reason == "" && c.State == runtime.Created {
+			if m, ok := w.reasons[c.ID]; ok {
+				c.Reason, c.Message = "StartError", m
+			}
+		}
+		if c.State != runtime.Exited {
+			continue
+		}
+		if _, ok := w.messages[c.ID]; ok {
+			continue
+		}
+		if spec := w.spec(c.Name); spec != nil {
+			w.messages[c.ID] = w.set.files.terminationMessage(w.pod, spec, c.Attempt, c.ExitCode != 0)
+		}
+	}
+	for id := range w.messages {
+		if !here[id] {
+			delete(w.messages, id)
+		}
+	}
+	for id := range w.probes {
+		if !here[id] {
+			delete(w.probes, id)
+		}
+	}
+}
+
+// spec finds a container of the pod by name.
+func (w *worker) spec(name string) *corev1.Container {
+	return specOf(w.pod, name)
+}
+
+func specOf(pod *corev1.Pod, name string) *corev1.Container {
+	for i := range pod.Spec.InitContainers {
+		if pod.Spec.InitContainers[i].Name == name {
+			return &pod.Spec.InitContainers[i]
+		}
+	}
+	for i := range pod.Spec.Containers {
+		if pod.Spec.Containers[i].Name == name {
+			return &pod.Spec.Containers[i]
+		}
+	}
+	return nil
+}
+
+func (w *worker) observe() *Observed {
+	return &Observed{
+		Now: time.Now(), BootID: w.set.cfg.BootID, StartTime: w.startTime, StopTime: w.stopTime, Gone: w.gone,
+		Sandbox: w.box, SandboxFailure: w.boxFailure, Volumes: w.volumes, Containers: w.containers,
+		Starting: w.starting, Starts: w.starts, Images: w.images, Probes: w.probes, Messages: w.messages,
+		NodeIPs: addressesOf(w.set.cfg.NodeIPs),
+	}
+}
+
+// act starts the plan's actions that are not on their way, and gives up those that an ending pod does not need.
+func (w *worker) act(p *Plan) {
+	begun := false // something that makes, rather than unmakes, is still on its way
+	if p.Ending {
+		for _, o := range w.ops {
+			switch o.action.Kind {
+			case CreateSandbox, MountVolumes, EnsureImage, StartContainer:
+				begun = true
+				o.cancel()
+			}
+		}
+	}
+	now := time.Now()
+	for _, a := range p.Actions {
+		if begun && a.Kind != StopContainer {
+			continue
+		}
+		key := a.key()
+		if o := w.ops[key]; o != nil {
+			if a.Kind == StopContainer && now.Add(a.Grace).Before(o.deadline.Add(-time.Second)) {
+				o.cancel() // less grace than before: the next plan stops it again
+			}
+			continue
+		}
+		if a.Kind == DeletePod && w.ops[statusKey] != nil || !w.retries.due(key, now) {
+			continue
+		}
+		w.launch(key, a)
+	}
+}
+
+func (a Action) key() string {
+	switch a.Kind {
+	case EnsureImage, StartContainer:
+		return string(a.Kind) + "/" + a.Container
+	case StopContainer, RemoveContainer:
+		return string(a.Kind) + "/" + a.ID
+	default:
+		return string(a.Kind)
+	}
+}
+
+// launch runs an action beside the worker; what it returns is applied in the worker's goroutine.
+func (w *worker) launch(key string, a Action) {
+	ctx, cancel := context.WithCancel(w.set.ctx)
+	w.ops[key] = &op{action: a, cancel: cancel, deadline: time.Now().Add(a.Grace)}
+	do := w.prepare(a)
+	go func() {
+		apply := do(ctx)
+		w.post(func() {
+			delete(w.ops, key)
+			cancel()
+			apply()
+		})
+	}()
+}
+
+// probe has the probes run that the plan names.
+func (w *worker) probe(targets []Target) {
+	if slices.Equal(targets, w.targets) {
+		return
+	}
+	w.targets = targets
+	ip := ""
+	if w.box != nil && len(w.box.Addrs) > 0 {
+		ip = w.box.Addrs[0].String()
+	}
+	if w.pod.Spec.HostNetwork && len(w.set.cfg.NodeIPs) > 0 {
+		ip = w.set.cfg.NodeIPs[0].String()
+	}
+	list := make([]probes.Target, 0, len(targets))
+	for _, t := range targets {
+		c := w.spec(t.Container)
+		if c == nil {
+			continue
+		}
+		target := probes.Target{ContainerID: t.ID, Container: c, PodIP: ip, ReadinessOnly: t.ReadinessOnly, StartedAt: time.Now()}
+		for i := range w.containers {
+			if w.containers[i].ID == t.ID {
+				target.StartedAt = w.containers[i].StartedAt
+			}
+		}
+		target.Started, target.Ready = w.probes[t.ID].Started, w.probes[t.ID].Ready
+		list = append(list, target)
+	}
+	w.set.cfg.Prober.Set(w.pod.UID, list)
+}
+
+// probed takes in what a probe said.
+func (w *worker) probed(r probes.Result) {
+	if !slices.ContainsFunc(w.containers, func(c runtime.Container) bool { return c.ID == r.ContainerID }) {
+		return
+	}
+	s := w.probes[r.ContainerID]
+	switch r.Kind {
+	case probes.Startup:
+		s.Started = r.OK
+		if !r.OK {
+			s.Failed = "startup"
+		}
+	case probes.Liveness:
+		if !r.OK {
+			s.Failed = "liveness"
+		}
+	case probes.Readiness:
+		s.Ready = r.OK
+	}
+	w.probes[r.ContainerID] = s
+}
+
+// tellWaiting emits one event for each back-off between restarts.
+func (w *worker) tellWaiting(p *Plan) {
+	for _, name := range p.Waiting {
+		attempt := 0
+		for i := range w.containers {
+			if w.containers[i].Name == name {
+				attempt = max(attempt, w.containers[i].Attempt+1)
+			}
+		}
+		if w.waiting[name] != attempt {
+			w.waiting[name] = attempt
+			w.set.event(w.pod, name, corev1.EventTypeWarning, "BackOff", "Back-off restarting failed container %s in pod %s_%s(%s)", name, w.pod.Name, w.pod.Namespace, w.pod.UID)
+		}
+	}
+}
+
+// retries is how long to leave alone what has failed, by the key of the action.
+type retries map[string]*retry
+
+type retry struct {
+	at    time.Time
+	delay time.Duration
+}
+
+// failed notes a failure; the delay doubles from first up to limit.
+func (r retries) failed(key string, first, limit time.Duration) time.Time {
+	e := r[key]
+	if e == nil {
+		e = &retry{}
+		r[key] = e
+	}
+	e.delay = min(max(2*e.delay, first), limit)
+	e.at = time.Now().Add(e.delay)
+	return e.at
+}
+
+func (r retries) forget(key string) { delete(r, key) }
+
+func (r retries) due(key string, now time.Time) bool {
+	e := r[key]
+	return e == nil || !now.Before(e.at)
+}
+
+// next is the earliest time at which something may be tried again.
+func (r retries) next() time.Time {
+	var t time.Time
+	now := time.Now()
+	for _, e := range r {
+		if e.at.After(now) {
+			t = earliest(t, e.at)
+		}
+	}
+	return t
+}

@@ -45,6 +45,38 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } node SEC(".maps");
 
+/* Ranges in which an address that nobody has is refused at once. The longest prefix decides. */
+enum range {
+	RANGE_OPEN = 0,	   /* an exception: the node answers it */
+	RANGE_SERVICE = 1, /* only frontends are alive */
+	RANGE_PODS = 2,	   /* this node's pods: only endpoints are alive */
+};
+
+struct range_key {
+	__u32 bits; /* of the 128, so 96 more than IPv4 counts */
+	struct address addr;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct range_key);
+	__type(value, __u32);
+	__uint(max_entries, 256);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} ranges SEC(".maps");
+
+/* Whether nobody has this address, which is no frontend. */
+static __always_inline bool address_is_dead(const struct address *a)
+{
+	struct range_key key = {.bits = 128, .addr = *a};
+	__u32 *range = bpf_map_lookup_elem(&ranges, &key);
+
+	if (!range || *range == RANGE_OPEN)
+		return false;
+	return *range == RANGE_SERVICE || !bpf_map_lookup_elem(&endpoints, a);
+}
+
 static __always_inline const struct node *this_node(void)
 {
 	__u32 zero = 0;

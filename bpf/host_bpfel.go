@@ -24,6 +24,7 @@ const (
 	HostMapEndpoints     = "endpoints"
 	HostMapNode          = "node"
 	HostMapNodeAddresses = "node_addresses"
+	HostMapRanges        = "ranges"
 	HostMapServices      = "services"
 	HostMapSlots         = "slots"
 	HostProgForgetFlow   = "forget_flow"
@@ -92,6 +93,7 @@ type HostMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 }
@@ -132,6 +134,7 @@ type HostMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 }
@@ -146,6 +149,7 @@ func (m *HostMaps) Close() error {
 		m.Endpoints,
 		m.Node,
 		m.NodeAddresses,
+		m.Ranges,
 		m.Services,
 		m.Slots,
 	)

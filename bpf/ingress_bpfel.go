@@ -21,6 +21,7 @@ const (
 	IngressMapListeners     = "listeners"
 	IngressMapNode          = "node"
 	IngressMapNodeAddresses = "node_addresses"
+	IngressMapRanges        = "ranges"
 	IngressProgSteer        = "steer"
 )
 
@@ -78,6 +79,7 @@ type IngressMapSpecs struct {
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 }
 
 // IngressVariableSpecs contains global variables before they are loaded into the kernel.
@@ -111,6 +113,7 @@ type IngressMaps struct {
 	Listeners     *ebpf.Map `ebpf:"listeners"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	Ranges        *ebpf.Map `ebpf:"ranges"`
 }
 
 func (m *IngressMaps) Close() error {
@@ -120,6 +123,7 @@ func (m *IngressMaps) Close() error {
 		m.Listeners,
 		m.Node,
 		m.NodeAddresses,
+		m.Ranges,
 	)
 }
 

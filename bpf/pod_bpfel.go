@@ -24,6 +24,7 @@ const (
 	PodMapEndpoints     = "endpoints"
 	PodMapNode          = "node"
 	PodMapNodeAddresses = "node_addresses"
+	PodMapRanges        = "ranges"
 	PodMapServices      = "services"
 	PodMapSlots         = "slots"
 	PodProgFromPod      = "from_pod"
@@ -90,6 +91,7 @@ type PodMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 }
@@ -130,6 +132,7 @@ type PodMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 }
@@ -144,6 +147,7 @@ func (m *PodMaps) Close() error {
 		m.Endpoints,
 		m.Node,
 		m.NodeAddresses,
+		m.Ranges,
 		m.Services,
 		m.Slots,
 	)

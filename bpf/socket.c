@@ -44,8 +44,10 @@ static __always_inline bool is_node_address(struct bpf_sock_addr *ctx, const str
 static __always_inline bool find(struct bpf_sock_addr *ctx, const struct address *addr, __be16 port,
 				 struct service *svc)
 {
-	struct service_key key = {.addr = *addr, .port = port, .proto = ctx->protocol};
+	struct service_key key = {.addr = *addr, .port = port, .proto = IPPROTO_TCP};
 
+	if (ctx->protocol == IPPROTO_UDP)
+		key.proto = IPPROTO_UDP;
 	if (service_find(&key, svc))
 		return true;
 	if (!in_node_port_range(port) || !is_node_address(ctx, addr))
@@ -92,7 +94,7 @@ static __always_inline void remember(struct peers *peers, const struct service *
 	p->service = svc->id;
 }
 
-enum verdict { UNTOUCHED, TRANSLATED, REFUSED };
+enum verdict { UNTOUCHED, TRANSLATED, REFUSED, DEAD };
 
 /* Replaces addr and port, a frontend, by a backend's. */
 static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct address *addr,
@@ -106,7 +108,7 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct 
 	__u32 id = 0;
 
 	if (!find(ctx, addr, *port, &svc))
-		return UNTOUCHED;
+		return address_is_dead(addr) ? DEAD : UNTOUCHED;
 	peers = bpf_sk_storage_get(&socket_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (ctx->protocol == IPPROTO_UDP && peers) {
 		b = sticky(peers, &svc, addr, *port);
@@ -170,7 +172,8 @@ static __always_inline void store_v6(struct bpf_sock_addr *ctx, const struct add
 
 static __always_inline bool has_ports(struct bpf_sock_addr *ctx)
 {
-	return ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_UDP;
+	return ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_UDP ||
+	       ctx->protocol == IPPROTO_MPTCP;
 }
 
 /* Returns what the hook returns: 0 refuses with the errno set here. */
@@ -191,6 +194,11 @@ static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool m
 		if (!message)
 			bpf_sk_storage_delete(&socket_peers, ctx->sk);
 		return 1;
+	case DEAD:
+		/* The routing table refuses it, too, but its ICMP is rate-limited: clients would wait. */
+		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
+		bpf_set_retval(-EHOSTUNREACH);
+		return 0;
 	case REFUSED:
 		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
 		bpf_set_retval(-ECONNREFUSED);

@@ -22,6 +22,7 @@ const (
 	SocketMapEndpoints       = "endpoints"
 	SocketMapNode            = "node"
 	SocketMapNodeAddresses   = "node_addresses"
+	SocketMapRanges          = "ranges"
 	SocketMapServices        = "services"
 	SocketMapSlots           = "slots"
 	SocketMapSocketPeers     = "socket_peers"
@@ -100,6 +101,7 @@ type SocketMapSpecs struct {
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
@@ -140,6 +142,7 @@ type SocketMaps struct {
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
@@ -153,6 +156,7 @@ func (m *SocketMaps) Close() error {
 		m.Endpoints,
 		m.Node,
 		m.NodeAddresses,
+		m.Ranges,
 		m.Services,
 		m.Slots,
 		m.SocketPeers,

@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 	"k8s.io/client-go/informers"
 
 	"skep.io/skep/api"
@@ -275,6 +276,9 @@ func (d *Dataplane) SteerIngress(_ context.Context, port uint16, l *net.TCPListe
 	}
 	var inner error
 	err = raw.Control(func(fd uintptr) { inner = d.maps.SetListener(port, fd) })
+	if errors.Is(inner, unix.EOPNOTSUPP) {
+		inner = fmt.Errorf("the listener speaks MPTCP, as Go's do by default; make it with net.ListenConfig and SetMultipathTCP(false): %w", inner)
+	}
 	if err = errors.Join(err, inner); err != nil {
 		return fmt.Errorf("ingress port %d: %w", port, err)
 	}

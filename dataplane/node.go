@@ -42,6 +42,9 @@ func (d *Dataplane) syncNodeLocked() error {
 	if err := d.maps.SetNode(node(d.cfg.NodeIPs, d.podCIDRs)); err != nil {
 		return err
 	}
+	if err := d.maps.SetRanges(ranges(d.cfg, d.podCIDRs)); err != nil {
+		return err
+	}
 	for _, index := range devices {
 		link, err := netlink.LinkByIndex(index)
 		if err != nil || link.Attrs().EncapType == "loopback" {
@@ -107,6 +110,23 @@ func node(ips []netip.Addr, podCIDRs []netip.Prefix) maps.Node {
 		}
 	}
 	return n
+}
+
+// ranges says where unknown addresses are refused, and the exceptions that skep0 answers. It is pure.
+func ranges(cfg Config, podCIDRs []netip.Prefix) map[netip.Prefix]uint32 {
+	out := map[netip.Prefix]uint32{}
+	for _, p := range cfg.ServiceCIDRs {
+		out[p.Masked()] = maps.RangeService
+	}
+	for _, p := range podCIDRs {
+		out[p.Masked()] = maps.RangePods
+		gateway := network.Gateway(p)
+		out[netip.PrefixFrom(gateway, gateway.BitLen())] = maps.RangeOpen
+	}
+	for _, a := range cfg.ClusterDNS {
+		out[netip.PrefixFrom(a, a.BitLen())] = maps.RangeOpen
+	}
+	return out
 }
 
 // repairInterval bounds how long a flushed netfilter chain stays so: netfilter tells nobody.

@@ -40,7 +40,7 @@ func TestNode(t *testing.T) {
 					eventually(t, c.name, func() error {
 						question := func() (string, netip.AddrPort, error) { return ask(c.from, network, to) }
 						if c.from == n.outside {
-							question = func() (string, netip.AddrPort, error) { return n.askFromOutside(network, to) }
+							question = func() (string, netip.AddrPort, error) { return n.askAs(n.outside, network, to) }
 						}
 						name, client, err := question()
 						if err != nil {

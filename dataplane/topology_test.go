@@ -162,7 +162,9 @@ func (n *testNode) start() {
 	n.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	n.cfg.Informers = informers.NewSharedInformerFactory(n.client, 0)
+	began := time.Now()
 	dp, err := New(ctx, n.cfg)
+	n.t.Log("New:", time.Since(began))
 	if err != nil {
 		cancel()
 		n.t.Fatal(err)
@@ -171,9 +173,11 @@ func (n *testNode) start() {
 	done := make(chan error, 1)
 	go func() { done <- dp.Run(ctx) }()
 	n.cfg.Informers.Start(ctx.Done())
+	began = time.Now()
 	if err := dp.ConfigureNode(ctx, podCIDRs); err != nil {
 		n.t.Fatal(err)
 	}
+	n.t.Log("ConfigureNode:", time.Since(began))
 	select {
 	case <-dp.Synced():
 	case err := <-done:
@@ -341,11 +345,11 @@ func ask(ns namespace, network string, to netip.AddrPort) (name string, client n
 	return name, client, err
 }
 
-// askFromOutside asks from a process that the socket programs do not see, as a client on another
+// askAs asks in a namespace from a process that the socket programs do not see, as a client on another
 // machine is.
-func (n *testNode) askFromOutside(network string, to netip.AddrPort) (name string, client netip.AddrPort, err error) {
+func (n *testNode) askAs(from namespace, network string, to netip.AddrPort) (name string, client netip.AddrPort, err error) {
 	out := &strings.Builder{}
-	err = n.outside.try(func() error {
+	err = from.try(func() error {
 		dir, err := os.Open(filepath.Dir(os.Getenv(inside)))
 		if err != nil {
 			return err
@@ -360,11 +364,11 @@ func (n *testNode) askFromOutside(network string, to netip.AddrPort) (name strin
 	if err != nil {
 		return "", netip.AddrPort{}, fmt.Errorf("%w: %s", err, out)
 	}
-	var from string
-	if _, err := fmt.Sscan(out.String(), &name, &from); err != nil {
+	var seen string
+	if _, err := fmt.Sscan(out.String(), &name, &seen); err != nil {
 		return "", netip.AddrPort{}, err
 	}
-	client, err = netip.ParseAddrPort(from)
+	client, err = netip.ParseAddrPort(seen)
 	return name, client, err
 }
 

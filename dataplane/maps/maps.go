@@ -17,7 +17,7 @@ type Maps struct {
 	services, slots, backends *ebpf.Map
 	affinity                  *ebpf.Map
 	endpoints, nodeAddresses  *ebpf.Map
-	node                      *ebpf.Map
+	node, ranges              *ebpf.Map
 	conntrackTCP              *ebpf.Map
 	conntrackUDP              *ebpf.Map
 	counters                  *ebpf.Map
@@ -27,7 +27,7 @@ type Maps struct {
 }
 
 // Names lists the maps, as the C sources name them.
-var names = []string{"services", "slots", "backends", "affinity", "endpoints", "node_addresses", "node",
+var names = []string{"services", "slots", "backends", "affinity", "endpoints", "node_addresses", "node", "ranges",
 	"conntrack_tcp", "conntrack_udp", "counters", "listeners"}
 
 // New takes handles of its own from maps by name.
@@ -58,7 +58,7 @@ func New(byName map[string]*ebpf.Map) (*Maps, error) {
 
 func (m *Maps) all() []**ebpf.Map {
 	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.affinity, &m.endpoints, &m.nodeAddresses,
-		&m.node, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners}
+		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners}
 }
 
 // Close releases the handles; pinned maps stay.
@@ -146,6 +146,30 @@ func (m *Maps) SetNodeAddresses(want []netip.Addr) error {
 func (m *Maps) SetNode(n Node) error {
 	if err := m.node.Put(uint32(0), &n); err != nil {
 		return fmt.Errorf("node: %w", err)
+	}
+	return nil
+}
+
+// SetRanges makes exactly these the ranges in which unknown addresses are refused.
+func (m *Maps) SetRanges(want map[netip.Prefix]uint32) error {
+	keys := map[RangeKey]bool{}
+	for p, kind := range want {
+		key := RangeOf(p)
+		keys[key] = true
+		if err := m.ranges.Put(&key, &kind); err != nil {
+			return fmt.Errorf("range %s: %w", p, err)
+		}
+	}
+	have, err := walk[RangeKey, uint32](m.ranges)
+	if err != nil {
+		return fmt.Errorf("ranges: %w", err)
+	}
+	for key := range have {
+		if !keys[key] {
+			if err := gone(m.ranges.Delete(&key)); err != nil {
+				return fmt.Errorf("range %s: %w", key.Addr.Addr(), err)
+			}
+		}
 	}
 	return nil
 }

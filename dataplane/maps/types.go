@@ -94,6 +94,28 @@ type Endpoint struct {
 	HostMAC [6]byte
 }
 
+// Kinds of address ranges.
+const (
+	RangeOpen    = 0 // the node answers it
+	RangeService = 1 // only frontends are alive
+	RangePods    = 2 // only this node's endpoints are alive
+)
+
+// RangeKey is a prefix; Bits counts from the start of the 16 bytes.
+type RangeKey struct {
+	Bits uint32
+	Addr Address
+}
+
+// RangeOf converts from netip.
+func RangeOf(p netip.Prefix) RangeKey {
+	bits := p.Bits()
+	if p.Addr().Is4() {
+		bits += 96
+	}
+	return RangeKey{Bits: uint32(bits), Addr: AddressOf(p.Masked().Addr())}
+}
+
 // Node holds the source addresses that the node lends to translated packets.
 type Node struct {
 	AddressV4, AddressV6 Address

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -116,6 +117,10 @@ func ensureAddresses(device netlink.Link, want []netip.Addr, v6 bool) error {
 		if a.Is6() {
 			// Nobody else can have it, and a bridge without ports would never finish asking.
 			n.Flags = unix.IFA_F_NODAD
+			// Deprecated: never the source of what the node itself sends to its pods.
+			n.PreferedLft, n.ValidLft = 0, math.MaxUint32
+		} else {
+			n.Scope = unix.RT_SCOPE_HOST // to the same end
 		}
 		if err := netlink.AddrReplace(device, n); err != nil {
 			errs = append(errs, fmt.Errorf("address %s on %s: %w", a, Device, err))

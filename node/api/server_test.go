@@ -320,6 +320,7 @@ func TestExecAttach(t *testing.T) {
 	out.Reset()
 	sizes := make(sizeQueue, 1)
 	sizes <- remotecommand.TerminalSize{Width: 80, Height: 25}
+	close(sizes)
 	err = run("/exec/ns/web/main?command=top&output=1&tty=1", remotecommand.StreamOptions{Stdout: &out, Tty: true, TerminalSizeQueue: sizes})
 	if err != nil || len(s.node.sizes) != 1 || s.node.sizes[0] != (runtime.Size{Width: 80, Height: 25}) {
 		t.Errorf("terminal: %v, %v", err, s.node.sizes)
@@ -472,7 +473,8 @@ func TestFollow(t *testing.T) {
 }
 
 func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("k8s.io/klog/v2.(*flushDaemon).run.func1"))
+	// A SPDY connection that was closed waits some seconds for its peer's goodbye.
+	goleak.VerifyTestMain(m, goleak.IgnoreTopFunction("github.com/moby/spdystream.(*Connection).shutdown"), goleak.IgnoreTopFunction("k8s.io/klog/v2.(*flushDaemon).run.func1"))
 }
 
 func FuzzLogOptions(f *testing.F) {

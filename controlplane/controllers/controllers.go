@@ -143,8 +143,9 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	// Upstream's controllers find their logger here.
-	ctx = klog.NewContext(ctx, logr.FromSlogHandler(cfg.Log.Handler()))
+	// Upstream's controllers find their logger here. What they call information is for debugging in skep; their
+	// errors stay errors.
+	ctx = klog.NewContext(ctx, logr.FromSlogHandler(cfg.Log.Handler()).V(int(-slog.LevelDebug)))
 
 	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
 	defer broadcaster.Shutdown()

@@ -132,9 +132,11 @@ func (c *cluster) eventually(what string, check func(ctx context.Context) error)
 	c.Helper()
 	ctx, cancel := context.WithTimeout(c.Context(), generous)
 	defer cancel()
+	start := time.Now()
 	for {
 		err := check(ctx)
 		if err == nil {
+			c.Logf("%s: %v", what, time.Since(start).Round(time.Millisecond))
 			return
 		}
 		select {

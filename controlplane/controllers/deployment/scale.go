@@ -39,9 +39,9 @@ func (p *planner) isScaling() bool {
 func (p *planner) scale() {
 	want := *p.d.Spec.Replicas
 	if only := util.FindActiveOrLatest(p.newRS, p.old); only != nil {
-		if *only.Spec.Replicas != want {
-			p.resize(only, want)
-		}
+		// Even if the size happens to be right already, the annotations must say for whom; otherwise this
+		// would look like a scaling for ever and the rollout would never go on.
+		p.resize(only, want)
 		return
 	}
 	if util.IsSaturated(p.d, p.newRS) {
@@ -121,7 +121,7 @@ func (p *planner) shrinkOld() bool {
 	minAvailable := *p.d.Spec.Replicas - util.MaxUnavailable(*p.d)
 
 	// Pods of the new ReplicaSet that are not yet available count as if they never would be.
-	unavailableNew := *p.newRS.Spec.Replicas - p.newRS.Status.AvailableReplicas
+	unavailableNew := *p.newRS.Spec.Replicas - lasting(p.newRS)
 	spare := util.GetReplicaCountForReplicaSets(p.everything()) - minAvailable - unavailableNew
 	if spare <= 0 {
 		return false
@@ -138,7 +138,10 @@ func (p *planner) shrinkOld() bool {
 		}
 	}
 
-	available := util.GetAvailableReplicaCountForReplicaSets(append(old[:len(old):len(old)], p.newRS))
+	available := lasting(p.newRS)
+	for _, rs := range old {
+		available += lasting(rs)
+	}
 	for _, rs := range old {
 		if n := min(available-minAvailable, *rs.Spec.Replicas); n > 0 {
 			p.resize(rs, *rs.Spec.Replicas-n)
@@ -147,6 +150,12 @@ func (p *planner) shrinkOld() bool {
 		}
 	}
 	return shrunk
+}
+
+// lasting is how many of a ReplicaSet's pods are available and stay so. Pods that a smaller size has already
+// given up may still be counted in its status until they are deleted: they promise nothing.
+func lasting(rs *appsv1.ReplicaSet) int32 {
+	return min(rs.Status.AvailableReplicas, *rs.Spec.Replicas)
 }
 
 // recreate lets every old pod end before it creates a new one.

@@ -5,6 +5,7 @@ package apiserver
 import (
 	"fmt"
 
+	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/util/webhook"
 	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
 	"k8s.io/kubernetes/cmd/kube-apiserver/app"
@@ -31,6 +32,9 @@ func buildChain(o options.CompletedOptions, g generic) (*aggregatorapiserver.API
 	if err != nil {
 		return nil, fmt.Errorf("aggregator: %w", err)
 	}
+	// The copies above keep upstream's OpenAPI; the built-in groups get one that is made on demand.
+	openAPI, openAPIv3 := cp.Generic.OpenAPIConfig, cp.Generic.OpenAPIV3Config
+	cp.Generic.SkipOpenAPIInstallation = true
 	completed, err := config.Complete()
 	if err != nil {
 		return nil, err
@@ -38,6 +42,15 @@ func buildChain(o options.CompletedOptions, g generic) (*aggregatorapiserver.API
 	aggregator, err := app.CreateServerChain(completed)
 	if err != nil {
 		return nil, err
+	}
+	builtin, ok := aggregator.GenericAPIServer.NextDelegate().(*genericapiserver.GenericAPIServer)
+	if !ok {
+		return nil, fmt.Errorf("built-in groups are served by %T", aggregator.GenericAPIServer.NextDelegate())
+	}
+	services, mux := builtin.Handler.GoRestfulContainer.RegisteredWebServices(), builtin.Handler.NonGoRestfulMux
+	installOpenAPIV2(services, openAPI, mux)
+	if err := installOpenAPIV3(services, openAPIv3, mux); err != nil {
+		return nil, fmt.Errorf("OpenAPI v3: %w", err)
 	}
 	return aggregator, nil
 }

@@ -14,7 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/klog/v2"
 
 	"skep.io/skep/controlplane/pki"
 	"skep.io/skep/controlplane/store"
@@ -136,6 +138,13 @@ func eventually(t testing.TB, ok func() error) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
+}
+
+func TestMain(m *testing.M) {
+	if os.Getenv("SKEP_TEST_KLOG") == "" {
+		klog.SetLogger(logr.Discard()) // upstream tells its start in some hundred lines
+	}
+	os.Exit(m.Run())
 }
 
 type testWriter struct{ t testing.TB }

@@ -64,6 +64,15 @@ func newLogger(log *slog.Logger, f *failure) *zap.Logger {
 	return zap.New(&slogCore{log: log.With("component", "etcd")}, zap.WithFatalHook(f), zap.WithPanicHook(f))
 }
 
+// expected are warnings and errors that etcd logs at every start of a member like this one: it has
+// no listeners, knows no users, and looks for its schema's version before it has applied an entry.
+var expected = map[string]bool{
+	"Running http and grpc server on single port. This is not recommended for production.": true,
+	"simple token is not cryptographically signed":                                         true,
+	"Failed to detect schema version":                                                      true,
+	"failed to update storage version":                                                     true,
+}
+
 type slogCore struct{ log *slog.Logger }
 
 func slogLevel(l zapcore.Level) slog.Level {
@@ -85,6 +94,9 @@ func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
 }
 
 func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if expected[e.Message] {
+		e.Level = zapcore.DebugLevel
+	}
 	if c.Enabled(e.Level) {
 		return ce.AddCore(e, c)
 	}

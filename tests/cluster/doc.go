@@ -18,14 +18,16 @@ const helperArg = "skep-cluster-helper"
 
 // helpers is every role such a call can have.
 var helpers = map[string]func(args []string) error{
-	"join":  joinMain,  // stage one of a node's init: enter fresh cgroups and namespaces
-	"init":  initMain,  // stage two: mounts, then start and reap what it is told to
-	"enter": enterMain, // run one command inside a node
-	"leaks": leaksMain, // print what exists in the node, as JSON
-	"http":  httpMain,  // a small client
-	"load":  loadMain,  // requests until told to stop
-	"serve": serveMain, // a small server, for what a test wants outside the cluster
-	"dial":  dialMain,  // one connection, and what became of it
+	"join":    joinMain,    // stage one of a node's init: enter fresh cgroups and namespaces
+	"init":    initMain,    // stage two: mounts, then start and reap what it is told to
+	"enter":   enterMain,   // run one command inside a node
+	"leaks":   leaksMain,   // print what exists in the node, as JSON
+	"http":    httpMain,    // a small client
+	"load":    loadMain,    // requests until told to stop
+	"serve":   serveMain,   // a small server, for what a test wants outside the cluster
+	"dial":    dialMain,    // one connection, and what became of it
+	"connect": connectMain, // connections as fast as can be
+	"first":   firstMain,   // when something first replied
 }
 
 // Helper runs the role that the command line names and ends the process; it returns at once in

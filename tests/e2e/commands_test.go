@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -117,18 +118,41 @@ func untilCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	re, err := regexp.Compile("(?m)" + args[0])
 	ts.Check(err)
-	quiet := time.Now().Add(stepLimit)
+	path, err := exec.LookPath(args[1])
+	ts.Check(err)
+	deadline := time.Now().Add(stepLimit)
 	for {
-		err := ts.Exec(args[1], args[2:]...)
-		out := ts.ReadFile("stdout") + ts.ReadFile("stderr")
-		if re.MatchString(out) != not {
-			return
+		// Not ts.Exec, which would log every try.
+		ctx, cancel := context.WithTimeout(context.Background(), stepLimit)
+		cmd := exec.CommandContext(ctx, path, args[2:]...)
+		cmd.Dir, cmd.Env = ts.MkAbs("."), scriptEnv(ts)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		err := cmd.Run()
+		cancel()
+		met := (re.Match(stdout.Bytes()) || re.Match(stderr.Bytes())) != not
+		if !met && time.Now().Before(deadline) {
+			time.Sleep(50 * time.Millisecond)
+			continue
 		}
-		if time.Now().After(quiet) {
+		_, _ = stdout.WriteTo(ts.Stdout())
+		_, _ = stderr.WriteTo(ts.Stderr())
+		if !met {
 			ts.Fatalf("after %s: %v", stepLimit, err)
 		}
-		time.Sleep(50 * time.Millisecond)
+		return
 	}
+}
+
+// scriptEnv is the part of the script's environment that its programs need.
+func scriptEnv(ts *testscript.TestScript) []string {
+	var env []string
+	for _, key := range []string{"PATH", "WORK", "HOME", "TMPDIR", "LANG", "TERM", "KUBECONFIG", "NS", nodeEnv, outsideEnv, pathEnv} {
+		if value := ts.Getenv(key); value != "" {
+			env = append(env, key+"="+value)
+		}
+	}
+	return env
 }
 
 func jsonpathCommand(ts *testscript.TestScript, neg bool, args []string) {

@@ -151,6 +151,9 @@ func routes() ([]string, error) {
 			if r.Type == unix.RTN_MULTICAST || r.Protocol == unix.RTPROT_RA || r.Flags&unix.RTM_F_CLONED != 0 {
 				continue // the kernel's own, as traffic comes
 			}
+			if r.Table == unix.RT_TABLE_LOCAL && r.Dst != nil && r.Dst.IP.IsLinkLocalUnicast() {
+				continue // follows its address, once nobody else claims that
+			}
 			lines = append(lines, fmt.Sprintf("route table %d type %d %s via %s", r.Table, r.Type, r.Dst, r.Gw))
 		}
 	}

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"slices"
+	"testing"
+
+	"pgregory.net/rapid"
+)
+
+func TestQuantile(t *testing.T) {
+	for _, c := range []struct {
+		samples []int
+		q       float64
+		want    int
+	}{
+		{nil, 0.5, 0}, {[]int{7}, 0.99, 7}, {[]int{3, 1, 2}, 0.5, 2}, {[]int{4, 1, 3, 2}, 0.5, 2}, {[]int{4, 1, 3, 2}, 0.99, 4}, {[]int{4, 1}, 0, 1},
+	} {
+		if got := quantile(c.samples, c.q); got != c.want {
+			t.Errorf("quantile(%v, %v) = %d, want %d", c.samples, c.q, got, c.want)
+		}
+	}
+}
+
+func TestQuantileIsASample(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		samples := rapid.SliceOfN(rapid.Int(), 1, 50).Draw(t, "samples")
+		q := rapid.Float64Range(0, 1).Draw(t, "q")
+		got := quantile(samples, q)
+		if !slices.Contains(samples, got) {
+			t.Fatalf("%d is none of %v", got, samples)
+		}
+		below := 0
+		for _, s := range samples {
+			if s <= got {
+				below++
+			}
+		}
+		if float64(below) < q*float64(len(samples)) {
+			t.Fatalf("only %d of %d samples are at most %d, for %v", below, len(samples), got, q)
+		}
+	})
+}

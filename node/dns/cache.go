@@ -33,6 +33,8 @@ type answerCache struct {
 	recent  *list.List // of *cached, most recently used first
 	limit   int
 	now     func() time.Time
+	// era counts how often everything was forgotten.
+	era uint64
 }
 
 type cached struct {
@@ -76,8 +78,9 @@ func (c *answerCache) get(q question) *dns.Msg {
 	return message
 }
 
-// put keeps an answer if it may be kept. The cache owns message from then on.
-func (c *answerCache) put(q question, message *dns.Msg) {
+// put keeps an answer if it may be kept and was asked for in this era. The cache owns message from
+// then on.
+func (c *answerCache) put(q question, message *dns.Msg, era uint64) {
 	keep := lifetime(message)
 	if keep <= 0 {
 		return
@@ -85,6 +88,9 @@ func (c *answerCache) put(q question, message *dns.Msg) {
 	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if era != c.era {
+		return
+	}
 	if element := c.entries[q]; element != nil {
 		c.remove(element)
 	}
@@ -99,11 +105,19 @@ func (c *answerCache) remove(element *list.Element) {
 	delete(c.entries, element.Value.(*cached).question)
 }
 
+// clear forgets everything, and what is being asked for now.
 func (c *answerCache) clear() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.era++
 	clear(c.entries)
 	c.recent.Init()
+}
+
+func (c *answerCache) current() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.era
 }
 
 func (c *answerCache) len() int {

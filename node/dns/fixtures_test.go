@@ -4,6 +4,7 @@ package dns
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -17,6 +18,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -74,14 +76,13 @@ type upstream struct {
 
 func startUpstream(t testing.TB, answer func(w dns.ResponseWriter, m *dns.Msg)) *upstream {
 	t.Helper()
-	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	var both sockets // any free port may be free for UDP only
+	for err := both.add(t.Context(), netip.MustParseAddrPort("127.0.0.1:0")); len(both.addresses) == 0; err = both.add(t.Context(), netip.MustParseAddrPort("127.0.0.1:0")) {
+		if !errors.Is(err, unix.EADDRINUSE) && err != nil {
+			t.Fatal(err)
+		}
 	}
-	listener, err := net.Listen("tcp", packets.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	packets, listener := both.packets[0], both.listeners[0]
 	u := &upstream{address: packets.LocalAddr().String()}
 	handler := dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
 		u.asked.Add(1)

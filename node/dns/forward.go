@@ -61,6 +61,7 @@ func (f *forwarder) resolve(ctx context.Context, q question) (*dns.Msg, error) {
 		return answer, nil
 	}
 	f.metrics.cache.WithLabelValues("miss").Inc()
+	era := f.cache.current() // before the servers are read: a change forgets what the old ones say
 	servers := f.servers()
 	if len(servers) == 0 {
 		return nil, errNoUpstream
@@ -77,7 +78,7 @@ func (f *forwarder) resolve(ctx context.Context, q question) (*dns.Msg, error) {
 		defer cancel()
 		answer, err := f.ask(ctx, q, servers)
 		if err == nil {
-			f.cache.put(q, answer)
+			f.cache.put(q, answer, era)
 		}
 		return answer, err
 	})

@@ -82,10 +82,10 @@ func parseResolvConf(content []byte) (c resolvConf) {
 
 // trimDot keeps ".", which means to search in no domain at all.
 func trimDot(domain string) string {
-	if domain == "." {
-		return domain
+	if trimmed := strings.TrimRight(domain, "."); trimmed != "" {
+		return trimmed
 	}
-	return strings.TrimSuffix(domain, ".")
+	return "."
 }
 
 // ResolvConf yields the content of a pod's /etc/resolv.conf from its dnsPolicy and dnsConfig.

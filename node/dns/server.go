@@ -144,32 +144,46 @@ func listen(ctx context.Context, addrs []netip.Addr, port int, log *slog.Logger)
 			s.close()
 		}
 	}()
-	config := net.ListenConfig{Control: freeBind}
 	for _, addr := range addrs {
-		address := netip.AddrPortFrom(addr, uint16(port))
-		packets, err := config.ListenPacket(ctx, "udp", address.String())
+		err := s.add(ctx, netip.AddrPortFrom(addr, uint16(port)))
+		// Any free port may turn out to be free for UDP only.
+		for range 10 {
+			if port != 0 || !errors.Is(err, unix.EADDRINUSE) {
+				break
+			}
+			err = s.add(ctx, netip.AddrPortFrom(addr, 0))
+		}
 		if errors.Is(err, unix.EAFNOSUPPORT) {
 			log.Warn("the host has no such address family: not answering there", "address", addr)
 			continue
 		}
 		if err != nil {
-			return s, listenError(address, err)
+			return s, err
 		}
-		s.packets = append(s.packets, packets)
-		if port == 0 { // TCP on the port that UDP was given
-			address = netip.AddrPortFrom(addr, packets.LocalAddr().(*net.UDPAddr).AddrPort().Port())
-		}
-		listener, err := config.Listen(ctx, "tcp", address.String())
-		if err != nil {
-			return s, listenError(address, err)
-		}
-		s.listeners = append(s.listeners, netutil.LimitListener(listener, tcpConnections))
-		s.addresses = append(s.addresses, address)
 	}
 	if len(s.addresses) == 0 {
 		return s, fmt.Errorf("dns: none of the addresses %v can be listened on: the host lacks their address families", addrs)
 	}
 	return s, nil
+}
+
+// add listens on one address, by UDP and TCP on the same port.
+func (s *sockets) add(ctx context.Context, address netip.AddrPort) error {
+	config := net.ListenConfig{Control: freeBind}
+	packets, err := config.ListenPacket(ctx, "udp", address.String())
+	if err != nil {
+		return listenError(address, err)
+	}
+	address = netip.AddrPortFrom(address.Addr(), packets.LocalAddr().(*net.UDPAddr).AddrPort().Port())
+	listener, err := config.Listen(ctx, "tcp", address.String())
+	if err != nil {
+		_ = packets.Close() // nothing was received on it yet
+		return listenError(address, err)
+	}
+	s.packets = append(s.packets, packets)
+	s.listeners = append(s.listeners, netutil.LimitListener(listener, tcpConnections))
+	s.addresses = append(s.addresses, address)
+	return nil
 }
 
 func listenError(address netip.AddrPort, err error) error {

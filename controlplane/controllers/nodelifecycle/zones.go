@@ -65,9 +65,11 @@ type zones struct {
 	zones map[string]*zone
 }
 
+// nodeState is how a node was counted; the zero one of a node that was not.
 type nodeState struct {
-	zone            string
-	ready, excluded bool
+	counted bool
+	zone    string
+	ready   bool
 }
 
 type zone struct {
@@ -83,7 +85,7 @@ func newZones() *zones {
 func (z *zones) set(node *corev1.Node, now time.Time) bool {
 	c := conditionOf(node, corev1.NodeReady)
 	_, excluded := node.Labels[excludeLabel]
-	cur := nodeState{zone: topology.GetZoneKey(node), ready: c != nil && c.Status == corev1.ConditionTrue, excluded: excluded}
+	cur := nodeState{counted: !excluded, zone: topology.GetZoneKey(node), ready: c != nil && c.Status == corev1.ConditionTrue}
 	if z.nodes[node.Name] == cur {
 		return false
 	}
@@ -102,7 +104,7 @@ func (z *zones) remove(name string, now time.Time) bool {
 }
 
 func (z *zones) count(n nodeState, by int) {
-	if n == (nodeState{}) || n.excluded {
+	if !n.counted {
 		return
 	}
 	if z.zones[n.zone] == nil {

@@ -29,7 +29,8 @@ type bodySender struct {
 	done    chan struct{}
 	eof     atomic.Bool // the client's body was read to its end
 	ending  atomic.Bool // the exchange is over: read no further
-	err     error       // readable after done
+	failed  atomic.Bool // err is set; comes before the connection is closed for it
+	err     error       // readable after failed or done
 }
 
 // run copies until the body ends. On failure it closes the connection, which wakes whoever waits
@@ -37,6 +38,7 @@ type bodySender struct {
 func (s *bodySender) run(u *upstreamConn, timeout time.Duration) {
 	defer close(s.done)
 	if s.err = s.copy(u); s.err != nil {
+		s.failed.Store(true)
 		u.Close()
 		return
 	}
@@ -124,15 +126,17 @@ func (s *bodySender) complete() bool {
 	return s.err == nil
 }
 
-// failure returns why the body could not be read from the client, once that is why the exchange
+// failure returns why the body could not be read from the client, if that is why the exchange
 // failed.
 func (s *bodySender) failure() error {
 	if s == nil || !s.started {
 		return nil
 	}
-	select {
-	case <-s.done:
-	default:
+	if s.x.r.Context().Err() != nil {
+		// net/http ends the context before the failed read returns. That read is over, or about to be.
+		<-s.done
+	}
+	if !s.failed.Load() {
 		return nil
 	}
 	var ce *clientError
@@ -171,6 +175,11 @@ func (s *bodySender) end(u *upstreamConn, protoMajor int) {
 	u.Close()
 	if protoMajor != 1 {
 		_ = s.x.rc.SetReadDeadline(time.Unix(1, 0))
+		<-s.done
+		return
+	}
+	if s.x.status < 200 || s.x.status == statusClientGone {
+		_ = s.x.rc.SetReadDeadline(time.Unix(1, 0)) // no reply, nothing to linger for
 		<-s.done
 		return
 	}

@@ -140,6 +140,7 @@ type exchange struct {
 	status  int
 	sent    int64
 	backend netip.AddrPort
+	last    bool  // no further backend will be tried
 	why     error // what went wrong, for the access log
 }
 
@@ -215,7 +216,8 @@ func (x *exchange) finish() {
 const maxAttempts = 3
 
 // forward finds a backend that takes the request and relays the reply. Another backend is tried
-// only while nothing was taken from the client's body and no backend can have acted on the request.
+// only while nothing was taken from the client's body, and no backend can have acted on the request
+// or it may act twice.
 func (x *exchange) forward() {
 	ctx := x.r.Context()
 	var tried [maxAttempts]*backend
@@ -245,12 +247,20 @@ func (x *exchange) forward() {
 			}
 			continue
 		}
+		x.last = attempt+1 == maxAttempts
 		again := x.exchangeOn(conn)
 		b.outstanding.Add(-1)
 		if !again {
 			return
 		}
-		fresh = true
+		if conn.reused {
+			fresh = true // the backend may be well, only its kept connections are not
+			continue
+		}
+		x.p.metrics.failures.WithLabelValues("reply").Inc()
+		failed = errSilent
+		tried[attempt] = b
+		attempt++
 	}
 }
 
@@ -261,8 +271,10 @@ func cmpErr(a, b error) error {
 	return b
 }
 
-// exchangeOn sends the request on one connection and relays the reply. It returns true when the
-// backend had closed this kept connection before it saw the request, so that it can be sent again.
+var errSilent = errors.New("the backend closed the connection without a reply")
+
+// exchangeOn sends the request on one connection and relays the reply. It returns true when nothing
+// came back and the request can be sent again.
 func (x *exchange) exchangeOn(u *upstreamConn) (again bool) {
 	ctx := x.r.Context()
 	// A client that goes away ends the backend's work too.
@@ -304,7 +316,7 @@ func (x *exchange) exchangeOn(u *upstreamConn) (again bool) {
 	case err != nil && silent && x.mayRepeat(u, err):
 		return true
 	case err != nil:
-		if cause := cmpErr(ctx.Err(), x.body.failure()); cause != nil {
+		if cause := cmpErr(x.body.failure(), ctx.Err()); cause != nil {
 			err = cause
 		} else {
 			x.p.metrics.failures.WithLabelValues("reply").Inc()
@@ -322,11 +334,11 @@ func (x *exchange) exchangeOn(u *upstreamConn) (again bool) {
 	return false
 }
 
-// mayRepeat tells whether a request that failed on a kept connection without a byte of a reply can
-// be sent on a new one: the backend most likely closed it before the request came, and doing the
-// work twice would do no harm.
+// mayRepeat tells whether a request that failed without a byte of a reply can be sent again:
+// doing the work twice would do no harm. Most often a kept connection was closed by the backend
+// before the request came.
 func (x *exchange) mayRepeat(u *upstreamConn, err error) bool {
-	return u.reused && x.body == nil && idempotent(x.r.Method) && x.r.Context().Err() == nil && !isTimeout(err)
+	return (u.reused || !x.last) && x.body == nil && idempotent(x.r.Method) && x.r.Context().Err() == nil && !isTimeout(err)
 }
 
 // readReply reads up to the head of the final reply, and passes informational ones on. silent says
@@ -367,8 +379,10 @@ func (x *exchange) relay(u *upstreamConn, resp *http.Response, timeout time.Dura
 	}
 	x.status = resp.StatusCode
 	x.w.WriteHeader(resp.StatusCode)
-	if announced > 0 {
-		_ = x.rc.Flush() // trailers need a chunked reply, so it must not end up with a length
+	if announced > 0 || (u.br.Buffered() == 0 && resp.Body != http.NoBody) {
+		// Trailers need a chunked reply, so it must not end up with a length; and a backend that
+		// pauses after the head wants it seen.
+		_ = x.rc.Flush()
 	}
 
 	buf := copyBuffers.Get().(*[]byte)

@@ -5,6 +5,7 @@ package ingress
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -36,7 +37,7 @@ func (x *exchange) page(code int) {
 	body := pages[code]
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	unread := x.r.ContentLength != 0 && (x.body == nil || !x.body.eof.Load())
-	if unread && x.r.ProtoMajor == 1 {
+	if (unread || code == http.StatusBadRequest) && x.r.ProtoMajor == 1 {
 		h.Set("Connection", "close") // what follows is a body nobody reads
 	}
 	x.status = code
@@ -82,7 +83,9 @@ func (x *exchange) fail(err error) {
 		x.page(http.StatusRequestEntityTooLarge)
 	case errors.As(err, &ce) && isTimeout(err):
 		x.page(http.StatusRequestTimeout)
-	case errors.As(err, &ce), errors.Is(err, context.Canceled):
+	case errors.As(err, &ce) && x.r.Context().Err() == nil && !errors.Is(err, io.ErrUnexpectedEOF):
+		x.page(http.StatusBadRequest) // not a proper body
+	case ce != nil, errors.Is(err, context.Canceled):
 		x.status = statusClientGone
 		panic(http.ErrAbortHandler)
 	case errors.Is(err, errNoEndpoints):

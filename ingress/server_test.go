@@ -98,6 +98,7 @@ func start(t *testing.T, change func(*Config), objects ...runtime.Object) *harne
 		Log:             slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelInfo})),
 		Metrics:         h.metrics,
 	}
+	cfg.AccessLog = slog.New(failedOnly{cfg.Log.Handler()})
 	if change != nil {
 		change(&cfg)
 	}
@@ -122,6 +123,21 @@ func start(t *testing.T, change func(*Config), objects ...runtime.Object) *harne
 		t.Fatal("server is not ready")
 	}
 	return h
+}
+
+// failedOnly passes access log lines on that have an error.
+type failedOnly struct{ slog.Handler }
+
+func (f failedOnly) Handle(ctx context.Context, r slog.Record) error {
+	failed := false
+	r.Attrs(func(a slog.Attr) bool {
+		failed = failed || a.Key == "err"
+		return true
+	})
+	if !failed {
+		return nil
+	}
+	return f.Handler.Handle(ctx, r)
 }
 
 type testWriter struct{ t *testing.T }

@@ -305,7 +305,7 @@ func (r *Reconciler) writeFrontends(s *set, want *Set) error {
 			continue
 		}
 		if err := r.store.PutService(v); err != nil {
-			delete(r.frontends, key) // unknown: it may have been written
+			r.frontends[key] = maps.Service{} // unknown: it may have been written
 			return err
 		}
 		r.frontends[key] = v
@@ -328,6 +328,7 @@ func (r *Reconciler) deleteFrontend(key maps.ServiceKey, name string) error {
 		return nil
 	}
 	if err := r.store.DeleteService(key); err != nil {
+		r.frontends[key] = maps.Service{} // unknown: it may be gone
 		return err
 	}
 	delete(r.frontends, key)
@@ -401,6 +402,7 @@ func (r *Reconciler) Prune() error {
 			continue
 		}
 		if err := r.store.DeleteService(key); err != nil {
+			r.frontends[key] = maps.Service{}
 			return fmt.Errorf("removing frontend %s:%d of an earlier run: %w", key.Addr.Addr(), key.Port.Number(), err)
 		}
 		delete(r.frontends, key)

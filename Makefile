@@ -13,7 +13,7 @@ LDFLAGS     := -s -w -X main.skepVersion=$(VERSION) \
 	-X $(VERPKG).gitVersion=$(KUBE)+skep -X $(VERPKG).gitMajor=1 -X $(VERPKG).gitMinor=36 \
 	-X $(VERPKG).gitTreeState=clean
 export CGO_ENABLED := 0
-export GOFLAGS     := -buildvcs=false -trimpath
+export GOFLAGS     := -buildvcs=false
 
 # The kernel is real, so tests and `run` are root's. ROOT is empty for root, sudo for others.
 ifneq ($(shell id -u),0)

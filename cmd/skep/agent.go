@@ -4,13 +4,18 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"skep.io/skep/dataplane"
 	"skep.io/skep/ingress"
+	"skep.io/skep/node"
+	"skep.io/skep/node/dns"
+	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox/cgroup"
 )
 
@@ -18,6 +23,7 @@ import (
 type agent struct {
 	p         *process
 	dataplane *dataplane.Dataplane
+	node      *node.Agent
 	ingress   *ingress.Server
 }
 
@@ -43,14 +49,55 @@ func (p *process) newAgent(ctx context.Context) (*agent, error) {
 		a.dataplane.Close()
 		return nil, err
 	}
+	if a.node, err = a.newNode(ctx); err != nil {
+		a.dataplane.Close()
+		return nil, err
+	}
 	return a, nil
 }
 
 func (a *agent) parts() []part {
+	s := a.p.settings
 	return []part{
 		{"dataplane", a.dataplane.Run},
 		{"ingress", a.ingress.Run},
+		{"dns", func(ctx context.Context) error {
+			return dns.Run(ctx, dns.Config{
+				Addrs: s.clusterDNS, Domain: s.clusterDomain, Informers: a.p.informers, NodeName: s.nodeName,
+				Prefixes: slices.Concat(s.clusterCIDRs, s.serviceCIDRs), Upstreams: s.upstreamDNS,
+				Log: a.p.log.With("part", "dns"), Metrics: a.p.metrics,
+			})
+		}},
+		a.p.onceReady("node", a.node.Run),
 	}
+}
+
+// newNode starts the container runtime; the node registers itself when it runs.
+func (a *agent) newNode(ctx context.Context) (*node.Agent, error) {
+	s := a.p.settings
+	client, err := a.p.client("system:node:"+s.nodeName, "system:nodes")
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{s.nodeName, "127.0.0.1", "::1"}
+	for _, addr := range s.nodeIPs {
+		hosts = append(hosts, addr.String())
+	}
+	certPEM, keyPEM, err := a.p.authority.IssueServer("system:node:"+s.nodeName, hosts)
+	if err != nil {
+		return nil, fmt.Errorf("certificate of the node's API: %w", err)
+	}
+	serving, err := tls.X509KeyPair(certPEM, keyPEM)
+	if err != nil {
+		return nil, fmt.Errorf("certificate of the node's API: %w", err)
+	}
+	return node.New(ctx, node.Config{
+		NodeName: s.nodeName, NodeIPs: s.nodeIPs, Client: client, Informers: a.p.informers,
+		DataDir: s.dataDir, ImagesDir: s.imagesDir, ClusterDNS: s.clusterDNS, ClusterDomain: s.clusterDomain,
+		Network: a.dataplane, RuntimeConfig: runtime.Config{ContainerdAddress: s.containerdAddress},
+		ServingCert: serving, ClientCA: a.p.authority.CAPool(),
+		Log: a.p.log.With("part", "node"), Metrics: a.p.metrics,
+	})
 }
 
 // newIngress makes the proxy with its listeners. They listen on loopback and a port that nobody

@@ -15,7 +15,10 @@ import (
 	"k8s.io/cli-runtime/pkg/genericiooptions"
 
 	"skep.io/skep/api"
+	"skep.io/skep/dataplane"
+	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/volumes"
 )
 
 func newResetCommand(streams genericiooptions.IOStreams) *cobra.Command {
@@ -66,7 +69,10 @@ func resetSteps(dataDir string) []resetStep {
 			}
 			return stopProcess(pid)
 		}},
-		{"sandboxes", func(ctx context.Context) error { return sandbox.Cleanup(ctx, api.RunDir, "kubepods") }},
+		{"containers", func(ctx context.Context) error { return runtime.Cleanup(ctx, dataDir, api.RunDir) }},
+		{"pods' namespaces, devices and cgroups", func(ctx context.Context) error { return sandbox.Cleanup(ctx, api.RunDir, "kubepods") }},
+		{"volumes", func(ctx context.Context) error { return volumes.Cleanup(ctx, filepath.Join(dataDir, "pods")) }},
+		{"eBPF programs, routes and iptables rules", func(ctx context.Context) error { return dataplane.Cleanup(ctx, api.BPFDir) }},
 		{"files", func(context.Context) error { return removeFiles(dataDir) }},
 	}
 }

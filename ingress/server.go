@@ -20,8 +20,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
@@ -32,8 +30,6 @@ import (
 	netlisters "k8s.io/client-go/listers/networking/v1"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
-
-	"skep.io/skep/api"
 )
 
 // component is the source of this package's events.
@@ -432,21 +428,4 @@ func (s *Server) publishOnce(ctx context.Context, r *reporter) error {
 		return svc
 	}, failed))
 	return writeStatus(ctx, s.cfg.Client, planStatus(ours, s.cfg.StatusAddresses()))
-}
-
-// EnsureClass creates the IngressClass "skep", which is also the cluster's default class, unless
-// an object of that name exists.
-func EnsureClass(ctx context.Context, client kubernetes.Interface) error {
-	class := &networkingv1.IngressClass{
-		ObjectMeta: metav1.ObjectMeta{
-			Name:        api.IngressClassName,
-			Annotations: map[string]string{networkingv1.AnnotationIsDefaultIngressClass: "true"},
-		},
-		Spec: networkingv1.IngressClassSpec{Controller: api.IngressControllerName},
-	}
-	_, err := client.NetworkingV1().IngressClasses().Create(ctx, class, metav1.CreateOptions{})
-	if err != nil && !apierrors.IsAlreadyExists(err) {
-		return fmt.Errorf("creating IngressClass %s: %w", class.Name, err)
-	}
-	return nil
 }

@@ -3,9 +3,7 @@
 // Command web is the example application: a small web server that says which pod answered, on
 // which node, and whom it takes the client to be.
 //
-// Environment: POD_NAME, NODE_NAME, POD_IP (downward API), GREETING, or GREETING_FILE for a file
-// that is read anew for each page; LISTEN (":8080"); DRAIN_DELAY, how long it goes on taking
-// connections after SIGTERM while failing its readiness probe ("3s").
+// It is configured by its environment; `web --help` says how.
 package main
 
 import (
@@ -27,6 +25,18 @@ import (
 
 	"github.com/gorilla/websocket"
 )
+
+const usage = `web: a small web server that says which pod answered
+
+  /         the page (plain text, or HTML for browsers)
+  /healthz  readiness: fails while draining     /livez  liveness     /ws  WebSocket echo
+
+Environment
+  POD_NAME, NODE_NAME, POD_IP   what to say about itself (downward API)
+  GREETING                      the first line; GREETING_FILE names a file that is read for each page
+  LISTEN                        address to listen on (":8080")
+  DRAIN_DELAY                   how long to go on after SIGTERM while failing readiness ("3s")
+`
 
 //go:embed page.html
 var pageHTML string
@@ -233,6 +243,13 @@ func start() error {
 }
 
 func main() {
+	if len(os.Args) > 1 {
+		fmt.Print(usage)
+		if os.Args[1] != "--help" && os.Args[1] != "-h" {
+			os.Exit(2)
+		}
+		return
+	}
 	if err := start(); err != nil {
 		slog.Error("web", "err", err)
 		os.Exit(1)

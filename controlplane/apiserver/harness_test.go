@@ -40,7 +40,7 @@ type testServer struct {
 func start(t testing.TB, dir string) *testServer {
 	t.Helper()
 	begin := time.Now()
-	log := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	log := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelError}))
 	st, err := store.Open(t.Context(), store.Config{DataDir: dir, Log: log})
 	if err != nil {
 		t.Fatal(err)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	utilerrors "k8s.io/apimachinery/pkg/util/errors"
@@ -33,6 +34,11 @@ func upstreamOptions(ctx context.Context, cfg Config, certs certificates, listen
 
 	o.GenericServerRunOptions.AdvertiseAddress = cfg.AdvertiseAddress
 	o.GenericServerRunOptions.RequestTimeout = cfg.RequestTimeout
+	// At the end, end watches (which otherwise hold the port's connections for a minute), answer
+	// what is in progress, then close connections; what is still open after two seconds, such as
+	// `logs -f`, is cut.
+	o.GenericServerRunOptions.ShutdownWatchTerminationGracePeriod = 5 * time.Second
+	o.GenericServerRunOptions.ShutdownSendRetryAfter = true
 	o.Features.EnableProfiling = false // /debug belongs to the process, not to the API
 
 	o.Authentication.ClientCert.ClientCA = cfg.PKI.CAFile()

@@ -113,23 +113,21 @@ func (s *Server) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("apiserver: %w", err)
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	handler := s.aggregator.GenericAPIServer.Handler
 	s.transport.serve(handler)
 	go s.announceReady(ctx, handler)
 	go s.renewCertificates(ctx)
-	go func() {
-		select {
-		case <-s.cfg.Store.Failed():
-			cancel(s.cfg.Store.Err())
-		case <-ctx.Done():
-		}
-	}()
-	if err := prepared.Run(ctx); err != nil {
-		return fmt.Errorf("apiserver: %w", err)
+	ended := make(chan error, 1)
+	go func() { ended <- prepared.Run(ctx) }()
+	select {
+	case err = <-ended:
+	case <-s.cfg.Store.Failed():
+		// Requests that wait for the store will never be answered: there is nothing to drain.
+		return fmt.Errorf("apiserver: %w", s.cfg.Store.Err())
 	}
-	if err := s.cfg.Store.Err(); err != nil {
+	if err != nil {
 		return fmt.Errorf("apiserver: %w", err)
 	}
 	return nil

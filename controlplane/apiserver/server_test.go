@@ -41,6 +41,8 @@ func TestAPI(t *testing.T) {
 		"Health":           testHealth,
 		"Storage":          testStorage,
 		"InProcessClients": testInProcessClients,
+		"Webhook":          testWebhook,
+		"FrontProxy":       testFrontProxy,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, s) })
 	}

@@ -77,7 +77,7 @@ func Run(ctx context.Context, cfg Config) error {
 	if cfg.Client == nil || cfg.Informers == nil || cfg.Log == nil {
 		return errors.New("scheduler: Client, Informers and Log are required")
 	}
-	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
+	broadcaster := record.NewBroadcaster() // not ended by ctx: what is being bound then is still told
 	defer broadcaster.Shutdown()
 	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: cfg.Client.CoreV1().Events("")})
 	s, err := newScheduler(cfg, broadcaster.NewRecorder(scheme.Scheme, v1.EventSource{Component: Name}))

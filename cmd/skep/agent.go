@@ -133,7 +133,7 @@ func (a *agent) newIngress(ctx context.Context) (*ingress.Server, error) {
 func (a *agent) steered(ctx context.Context, port uint16) (net.Listener, error) {
 	var config net.ListenConfig
 	config.SetMultipathTCP(false) // a socket map takes plain TCP only
-	l, err := config.Listen(ctx, "tcp", "[::1]:0")
+	l, err := config.Listen(ctx, "tcp", "[::]:0")
 	if err != nil {
 		l, err = config.Listen(ctx, "tcp", "127.0.0.1:0")
 	}

@@ -30,12 +30,13 @@ type containerIO struct {
 	terminal bool
 	dir      string
 
-	writer  *crilog.Writer
-	clients *clients
-	out     [2]*os.File // stdout and stderr, read ends
-	keep    [2]*os.File // held open until containerd's side has its writers
-	stdin   *os.File
-	socket  *net.UnixListener
+	writer     *crilog.Writer
+	clients    *clients
+	closeStdin func()      // closes containerd's side of stdin
+	out        [2]*os.File // stdout and stderr, read ends
+	keep       [2]*os.File // held open until containerd's side has its writers
+	stdin      *os.File
+	socket     *net.UnixListener
 
 	readers sync.WaitGroup
 }
@@ -168,8 +169,10 @@ func (c *containerIO) accept() {
 			// The client half-closes when its stdin ends; that alone does not end the session.
 			if c.stdin != nil {
 				_, err := io.Copy(c.stdin, conn)
-				if err == nil && c.want.StdinOnce {
+				// A terminal has no end of file but the one that is typed: to close it would hang it up.
+				if err == nil && c.want.StdinOnce && !c.terminal {
 					c.stdin.Close()
+					c.closeStdin()
 				}
 			} else {
 				_, _ = io.Copy(io.Discard, conn)

@@ -103,6 +103,10 @@ func (s *service) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*ta
 		cio.abandon()
 		return nil, err
 	}
+	cio.closeStdin = func() {
+		// It holds a writer of its own, against the end of file between two who attach.
+		_, _ = s.CloseIO(context.WithoutCancel(ctx), &taskapi.CloseIORequest{ID: r.ID, Stdin: true})
+	}
 	cio.run(log.G(ctx).WithField("id", r.ID))
 	s.mu.Lock()
 	s.stdio[r.ID] = cio

@@ -37,7 +37,7 @@ func run(args []string) error {
 	case "stubborn": // ignores SIGTERM
 		signal.Ignore(syscall.SIGTERM)
 		fmt.Println("ready")
-		select {}
+		time.Sleep(time.Hour)
 	case "exit":
 		code, err := strconv.Atoi(args[1])
 		if err != nil {
@@ -104,7 +104,7 @@ func run(args []string) error {
 		for i := range n {
 			fmt.Println("line", i)
 		}
-		select {}
+		time.Sleep(time.Hour)
 	case "tick": // a numbered line each ms, for ever
 		for i := 0; ; i++ {
 			fmt.Println("tick", i)

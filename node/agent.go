@@ -306,6 +306,7 @@ func (a *Agent) servicesOf(ctx context.Context, namespace string) ([]*corev1.Ser
 
 // importImages imports archives beside everything else, and then has pods that missed an image look again.
 func (a *Agent) importImages(ctx context.Context, set *pods.Set) error {
+	defer set.ImagesImported()
 	if a.cfg.ImagesDir == "" {
 		return nil
 	}
@@ -319,7 +320,6 @@ func (a *Agent) importImages(ctx context.Context, set *pods.Set) error {
 	}
 	if len(list) > 0 {
 		a.log.Info("images imported", "dir", a.cfg.ImagesDir, "images", len(list), "took", time.Since(began).Round(time.Millisecond))
-		set.ImagesChanged()
 		a.status.changed()
 	}
 	return nil

@@ -31,6 +31,9 @@ var (
 type pulls struct {
 	ctx    context.Context // pulls outlive the pod that asked first
 	images runtime.Images
+	// imported is closed once the archives on this host are imported: what is missing until then may be among them.
+	imported   chan struct{}
+	importOnce sync.Once
 
 	mu      sync.Mutex
 	current map[string]*pull
@@ -43,7 +46,7 @@ type pull struct {
 }
 
 func newPulls(ctx context.Context, images runtime.Images) *pulls {
-	return &pulls{ctx: ctx, images: images, current: map[string]*pull{}}
+	return &pulls{ctx: ctx, images: images, imported: make(chan struct{}), current: map[string]*pull{}}
 }
 
 // normalize gives an image name its registry and tag.
@@ -73,7 +76,16 @@ func (p *pulls) ensure(ctx context.Context, image string, policy corev1.PullPoli
 		return runtime.Image{}, false, err
 	}
 	if policy != corev1.PullAlways {
-		if img, err := p.present(ctx, image, ref); err == nil {
+		img, err := p.present(ctx, image, ref)
+		if errors.Is(err, runtime.ErrImageNotFound) {
+			select {
+			case <-p.imported:
+			case <-ctx.Done():
+				return runtime.Image{}, false, context.Cause(ctx)
+			}
+			img, err = p.present(ctx, image, ref)
+		}
+		if err == nil {
 			return img, false, nil
 		} else if !errors.Is(err, runtime.ErrImageNotFound) {
 			return runtime.Image{}, false, fmt.Errorf("ImageInspectError: Failed to inspect image %q: %w", image, err)

@@ -229,8 +229,10 @@ func (s *Set) NetworkReady() {
 	}
 }
 
-// ImagesChanged tells that images have come to this node otherwise than by a pull.
-func (s *Set) ImagesChanged() {
+// ImagesImported tells that the archives on this host, if any, have been imported. Until it is called images that are
+// missing are waited for; pods that have failed for want of one look again.
+func (s *Set) ImagesImported() {
+	s.pulls.importOnce.Do(func() { close(s.pulls.imported) })
 	s.mu.Lock()
 	list := make([]*worker, 0, len(s.workers))
 	for _, w := range s.workers {

@@ -333,8 +333,8 @@ func (w *worker) launch(key string, a Action) {
 		apply := do(ctx)
 		w.post(func() {
 			delete(w.ops, key)
+			apply() // which looks at ctx: whether the action was given up
 			cancel()
-			apply()
 		})
 	}()
 }

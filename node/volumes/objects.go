@@ -204,8 +204,13 @@ func (o *Objects) read(ctx context.Context, k objectKey) (runtime.Object, error)
 		}
 		return err
 	})
+	if apierrors.IsNotFound(err) {
+		err = k.notFound() // in the words of kubelet's events
+	}
 	return value, err
 }
+
+func (k objectKey) notFound() error { return apierrors.NewNotFound(corev1.Resource(k.kind), k.name) }
 
 // soon tries again, for a moment, what the API server forbids: it may learn a few milliseconds after the node does that
 // a pod which refers to the object has been bound here.
@@ -251,9 +256,7 @@ func (o *Objects) drain(ctx context.Context, k objectKey, obj *object, w watch.I
 			case watch.Added, watch.Modified:
 				o.take(obj, func() (runtime.Object, error) { return e.Object, nil })
 			case watch.Deleted:
-				o.take(obj, func() (runtime.Object, error) {
-					return nil, apierrors.NewNotFound(corev1.Resource(k.kind), k.name)
-				})
+				o.take(obj, func() (runtime.Object, error) { return nil, k.notFound() })
 			}
 		case <-ctx.Done():
 			return any

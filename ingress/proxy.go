@@ -327,6 +327,9 @@ func (x *exchange) exchangeOn(u *upstreamConn) (again bool) {
 			x.fail(errors.New("backend switched protocols without being asked"))
 			return false
 		}
+		// From here on each side ends for itself: net/http would take a client that has said all it
+		// has to say (half a close) for one that is gone.
+		stop()
 		x.tunnel(u, resp)
 	default:
 		reusable = x.relay(u, resp, timeout)

@@ -46,6 +46,7 @@ type backend struct {
 // upstreamConn is one connection to a backend.
 type upstreamConn struct {
 	net.Conn
+	raw       syscall.RawConn
 	backend   *backend
 	br        *bufio.Reader
 	bw        *bufio.Writer
@@ -95,18 +96,13 @@ func (u *upstreamConn) alive() bool {
 	if u.br.Buffered() > 0 {
 		return false
 	}
-	sc, ok := u.Conn.(syscall.Conn)
-	if !ok {
-		return true
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return false
+	if u.raw == nil {
+		return true // not a socket: a test's pipe
 	}
 	quiet := false
 	// Control rather than Read: a read deadline that passed while the connection lay idle is no
 	// sign of death.
-	err = raw.Control(func(fd uintptr) {
+	err := u.raw.Control(func(fd uintptr) {
 		var b [1]byte
 		_, _, errno := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 		quiet = errno == syscall.EAGAIN || errno == syscall.EWOULDBLOCK
@@ -152,6 +148,12 @@ func (c *connector) take(ctx context.Context, b *backend, fresh bool) (*upstream
 		return nil, err
 	}
 	u := &upstreamConn{Conn: conn, backend: b, headLimit: math.MaxInt64}
+	if sc, ok := conn.(syscall.Conn); ok {
+		if u.raw, err = sc.SyscallConn(); err != nil {
+			conn.Close()
+			return nil, err
+		}
+	}
 	u.br = bufio.NewReaderSize(u, 4096)
 	u.bw = bufio.NewWriterSize(conn, 4096)
 	return u, nil

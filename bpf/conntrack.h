@@ -1,19 +1,22 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
- * Flows, one entry a direction, found by the tuple as the packet carries it when it arrives. A
- * translated flow's entry also says what the packet becomes, so that one lookup decides all.
- * dataplane/conntrack removes what is old; the LRU removes what does not fit.
+ * Flows. A flow that is not translated has one entry for both directions, as most packets belong to
+ * such and most of a connection's cost is making entries; a translated one has an entry for each side
+ * of the translation, which also says what its packets become. Either is found with one lookup by the
+ * tuple in canonical order. dataplane/conntrack removes what is old; the LRU removes what does not fit.
  */
 #pragma once
 #include "packet.h"
 
 enum flow_flags {
-	FLOW_TRANSLATED = 1 << 0, /* rewrite to .to */
-	FLOW_REPLY = 1 << 1,	  /* the direction opposite to the first packet */
-	FLOW_SEEN = 1 << 2,	  /* a packet came this way */
-	FLOW_FIN = 1 << 3,	  /* this direction has ended */
-	FLOW_RST = 1 << 4,
-	FLOW_SOURCE_IS_NODE = 1 << 5, /* becomes the node's: routed here, as the stack refuses it */
+	FLOW_TRANSLATED = 1 << 0, /* packets with exactly .from become .to */
+	FLOW_REPLY = 1 << 1,	  /* the side that answers */
+	FLOW_SEEN = 1 << 2,	  /* a packet came with the tuple in canonical order, */
+	FLOW_SEEN_BACK = 1 << 3,  /* and in the opposite order */
+	FLOW_FIN = 1 << 4,	  /* the direction has ended */
+	FLOW_FIN_BACK = 1 << 5,
+	FLOW_RST = 1 << 6,
+	FLOW_SOURCE_IS_NODE = 1 << 7, /* becomes the node's: routed here, as the stack refuses it */
 };
 
 struct flow {
@@ -22,7 +25,8 @@ struct flow {
 	__u32 service;
 	__u32 flags;
 	__u32 backend;
-	__u32 pad;
+	__u32 reversed;	       /* whether .from is the key with its ends exchanged */
+	__u32 ifindex[2];      /* where each direction was seen to come from rightfully, if a pod's */
 };
 
 #define FLOW_REFRESH_NS 1000000000ULL
@@ -38,40 +42,86 @@ struct flow_map {
 struct flow_map conntrack_tcp SEC(".maps");
 struct flow_map conntrack_udp SEC(".maps"); /* a flood of one protocol spares the other */
 
-static __always_inline struct flow *flow_find(const struct tuple *t)
+/* Puts the tuple into canonical order. Returns whether its ends were exchanged. */
+static __always_inline __u32 tuple_canonical(struct tuple *out, const struct tuple *t)
 {
-	if (t->proto == IPPROTO_TCP)
-		return bpf_map_lookup_elem(&conntrack_tcp, t);
-	return bpf_map_lookup_elem(&conntrack_udp, t);
+	bool swap = false, decided = false;
+
+	for (int i = 3; i >= 0; i--) {
+		if (!decided && t->saddr.w[i] != t->daddr.w[i]) {
+			swap = t->saddr.w[i] > t->daddr.w[i];
+			decided = true;
+		}
+	}
+	if (!decided)
+		swap = t->sport > t->dport;
+	if (!swap) {
+		*out = *t;
+		return 0;
+	}
+	out->saddr = t->daddr;
+	out->daddr = t->saddr;
+	out->sport = t->dport;
+	out->dport = t->sport;
+	out->proto = t->proto;
+	out->pad[0] = out->pad[1] = out->pad[2] = 0;
+	return 1;
 }
 
-static __always_inline long flow_insert(const struct tuple *t, const struct flow *f, __u64 how)
+static __always_inline void *flow_lookup(const struct tuple *key)
 {
-	if (t->proto == IPPROTO_TCP)
-		return bpf_map_update_elem(&conntrack_tcp, t, f, how);
-	return bpf_map_update_elem(&conntrack_udp, t, f, how);
+	if (key->proto == IPPROTO_TCP)
+		return bpf_map_lookup_elem(&conntrack_tcp, key);
+	return bpf_map_lookup_elem(&conntrack_udp, key);
 }
 
-static __always_inline __u32 flow_flags_of(__u8 tcp_flags)
+/* Finds the flow of a packet; reversed says which of its directions. */
+static __always_inline struct flow *flow_find(const struct tuple *t, __u32 *reversed)
 {
-	__u32 flags = FLOW_SEEN;
+	struct tuple key;
+
+	*reversed = tuple_canonical(&key, t);
+	return flow_lookup(&key);
+}
+
+/* Whether a packet in this direction is to become f->to. */
+static __always_inline bool flow_translates(const struct flow *f, __u32 reversed)
+{
+	return f->flags & FLOW_TRANSLATED && f->reversed == reversed;
+}
+
+static __always_inline long flow_insert(const struct tuple *t, struct flow *f, __u64 how)
+{
+	struct tuple key;
+
+	f->reversed = tuple_canonical(&key, t);
+	if (key.proto == IPPROTO_TCP)
+		return bpf_map_update_elem(&conntrack_tcp, &key, f, how);
+	return bpf_map_update_elem(&conntrack_udp, &key, f, how);
+}
+
+static __always_inline __u32 flow_flags_of(__u8 tcp_flags, __u32 reversed)
+{
+	__u32 flags = reversed ? FLOW_SEEN_BACK : FLOW_SEEN;
 
 	if (tcp_flags & TCP_FIN)
-		flags |= FLOW_FIN;
+		flags |= reversed ? FLOW_FIN_BACK : FLOW_FIN;
 	if (tcp_flags & TCP_RST)
 		flags |= FLOW_RST;
 	return flags;
 }
 
+#define FLOW_OVER (FLOW_FIN | FLOW_FIN_BACK | FLOW_RST)
+
 /* Notes a packet of a known flow. Writes only what changed: the entry's cache line is shared. */
-static __always_inline void flow_touch(struct flow *f, __u8 tcp_flags)
+static __always_inline void flow_touch(struct flow *f, __u8 tcp_flags, __u32 reversed)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
-	__u32 flags = flow_flags_of(tcp_flags);
+	__u32 flags = flow_flags_of(tcp_flags, reversed);
 
-	if (tcp_flags & TCP_SYN && f->flags & (FLOW_FIN | FLOW_RST)) {
+	if (unlikely(tcp_flags & TCP_SYN && f->flags & FLOW_OVER)) {
 		/* The same ports used again. */
-		f->flags &= ~(FLOW_FIN | FLOW_RST);
+		f->flags &= ~FLOW_OVER;
 		f->last_seen = now;
 	}
 	if ((f->flags & flags) != flags)
@@ -92,15 +142,19 @@ static __always_inline void tuple_reverse(struct tuple *out, const struct tuple 
 	out->pad[0] = out->pad[1] = out->pad[2] = 0;
 }
 
-/* Keeps a flow that is not translated. */
-static __always_inline void flow_open(const struct packet *p)
+/* Keeps a flow that is not translated. from_pod is the pod's device that it comes from, or 0. */
+static __always_inline void flow_open(const struct packet *p, __u32 from_pod)
 {
 	struct flow f = {.last_seen = bpf_ktime_get_coarse_ns()};
-	struct tuple back;
+	struct tuple key;
+	__u32 reversed = tuple_canonical(&key, &p->tuple);
 
-	f.flags = flow_flags_of(p->tcp_flags);
-	flow_insert(&p->tuple, &f, BPF_ANY);
-	tuple_reverse(&back, &p->tuple);
-	f.flags = FLOW_REPLY;
-	flow_insert(&back, &f, BPF_NOEXIST);
+	f.flags = flow_flags_of(p->tcp_flags, reversed);
+	/* An index would become a bitwise or on the stack pointer, which the verifier refuses. */
+	f.ifindex[0] = reversed ? 0 : from_pod;
+	f.ifindex[1] = reversed ? from_pod : 0;
+	if (key.proto == IPPROTO_TCP)
+		bpf_map_update_elem(&conntrack_tcp, &key, &f, BPF_ANY);
+	else
+		bpf_map_update_elem(&conntrack_udp, &key, &f, BPF_ANY);
 }

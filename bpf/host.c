@@ -6,7 +6,8 @@ SEC("tcx/ingress")
 int from_outside(struct __sk_buff *skb)
 {
 	struct packet p = {};
-	bool from_node = true;
+	__u32 reversed;
+	bool from_node;
 	struct flow *f;
 
 	switch (parse(skb, &p)) {
@@ -15,9 +16,9 @@ int from_outside(struct __sk_buff *skb)
 	default:
 		return TC_ACT_UNSPEC; /* the stack knows what to make of it */
 	}
-	f = flow_find(&p.tuple);
-	if (f && f->flags & FLOW_TRANSLATED && !flow_stale(f, &p)) {
-		flow_touch(f, p.tcp_flags);
+	f = flow_find(&p.tuple, &reversed);
+	if (f && flow_translates(f, reversed) && !flow_stale(f, &p)) {
+		flow_touch(f, p.tcp_flags, reversed);
 		from_node = f->flags & FLOW_SOURCE_IS_NODE;
 		if (!rewrite(skb, &p, &f->to)) {
 			count(COUNT_DROP_REWRITE);
@@ -42,14 +43,15 @@ SEC("tcx/egress")
 int to_outside(struct __sk_buff *skb)
 {
 	struct packet p = {};
+	__u32 reversed;
 	struct flow *f;
 
 	if (parse(skb, &p) != PARSED_PORTS)
 		return TC_ACT_UNSPEC;
-	f = flow_find(&p.tuple);
-	if (!f || (f->flags & (FLOW_TRANSLATED | FLOW_REPLY)) != (FLOW_TRANSLATED | FLOW_REPLY))
+	f = flow_find(&p.tuple, &reversed);
+	if (!f || !(f->flags & FLOW_REPLY) || !flow_translates(f, reversed))
 		return TC_ACT_UNSPEC;
-	flow_touch(f, p.tcp_flags);
+	flow_touch(f, p.tcp_flags, reversed);
 	if (!rewrite(skb, &p, &f->to)) {
 		count(COUNT_DROP_REWRITE);
 		return TC_ACT_SHOT;
@@ -57,7 +59,7 @@ int to_outside(struct __sk_buff *skb)
 	return TC_ACT_UNSPEC;
 }
 
-/* Deletes a flow only if no packet came since the agent read it. */
+/* Deletes the flow under a key only if no packet came since the agent read it. */
 struct forget {
 	struct tuple tuple;
 	__u64 last_seen;
@@ -67,7 +69,7 @@ SEC("syscall")
 int forget_flow(struct forget *ctx)
 {
 	struct tuple t = ctx->tuple;
-	struct flow *f = flow_find(&t);
+	struct flow *f = flow_lookup(&t);
 
 	if (!f || f->last_seen != ctx->last_seen)
 		return 1;

@@ -70,6 +70,7 @@ static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p
 {
 	struct affinity_key client = {};
 	struct flow forward = {}, reply = {};
+	struct tuple key;
 	const struct node *self;
 	const struct backend *b;
 	struct service svc;
@@ -113,7 +114,11 @@ static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p
 	forward.last_seen = reply.last_seen = bpf_ktime_get_coarse_ns();
 	forward.service = reply.service = svc.id;
 	forward.backend = reply.backend = id;
-	forward.flags |= FLOW_TRANSLATED | flow_flags_of(p->tcp_flags);
+	forward.flags |= FLOW_TRANSLATED;
+	if (tuple_canonical(&key, &p->tuple))
+		forward.flags |= flow_flags_of(p->tcp_flags, 1);
+	else
+		forward.flags |= flow_flags_of(p->tcp_flags, 0);
 	reply.flags = FLOW_TRANSLATED | FLOW_REPLY;
 	/* Answers in the name of the node's address cannot pass the stack as forwarded packets. */
 	if (bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
@@ -131,7 +136,7 @@ static __always_inline bool flow_stale(const struct flow *f, const struct packet
 {
 	__u32 id = f->backend;
 
-	if (!(f->flags & FLOW_TRANSLATED) || f->flags & FLOW_REPLY)
+	if (f->flags & FLOW_REPLY)
 		return false;
 	if (p->tuple.proto == IPPROTO_TCP && (p->tcp_flags & (TCP_SYN | TCP_ACK)) != TCP_SYN)
 		return false;

@@ -14,25 +14,56 @@ static __always_inline bool is_link_local_v6(const struct packet *p)
 	return !p->v4 && p->tuple.proto == IPPROTO_ICMPV6 && from && to;
 }
 
+/* Whether the packet's source is the pod behind this device. */
+static __always_inline bool is_source(struct __sk_buff *skb, const struct packet *p)
+{
+	struct endpoint *self = bpf_map_lookup_elem(&endpoints, &p->tuple.saddr);
+
+	return self && self->ifindex == skb->ifindex;
+}
+
+/* A packet of a flow that is known to be translated. */
+static __always_inline int translated(struct __sk_buff *skb, struct packet *p, struct flow *f,
+				      __u32 reversed)
+{
+	bool from_node = f->flags & FLOW_SOURCE_IS_NODE;
+
+	flow_touch(f, p->tcp_flags, reversed);
+	if (!rewrite(skb, p, &f->to)) {
+		count(COUNT_DROP_REWRITE);
+		return TC_ACT_SHOT;
+	}
+	return forward(skb, p, from_node);
+}
+
 /* Packets that the pod sends. */
 SEC("tcx/ingress")
 int from_pod(struct __sk_buff *skb)
 {
 	struct packet p = {};
-	struct endpoint *self;
-	bool from_node;
+	__u32 reversed;
 	struct flow *f;
 	enum parsed parsed = parse(skb, &p);
 
 	count(COUNT_POD_EGRESS);
-	if (parsed == PARSED_NOT_IP)
+	if (parsed == PARSED_PORTS) {
+		f = flow_find(&p.tuple, &reversed);
+		/* A flow that this device was found to be the source of needs no second look. */
+		if (f && f->ifindex[reversed & 1] == skb->ifindex) {
+			if (likely(!flow_translates(f, reversed))) {
+				flow_touch(f, p.tcp_flags, reversed);
+				return forward(skb, &p, false);
+			}
+			if (!flow_stale(f, &p))
+				return translated(skb, &p, f, reversed);
+		}
+	} else if (parsed == PARSED_NOT_IP) {
 		return skb->protocol == bpf_htons(ETH_P_ARP) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
-	if (parsed == PARSED_MALFORMED) {
+	} else if (parsed == PARSED_MALFORMED) {
 		count(COUNT_DROP_MALFORMED);
 		return TC_ACT_SHOT;
 	}
-	self = bpf_map_lookup_elem(&endpoints, &p.tuple.saddr);
-	if (!self || self->ifindex != skb->ifindex) {
+	if (!is_source(skb, &p)) {
 		if (is_link_local_v6(&p))
 			return TC_ACT_UNSPEC;
 		count(COUNT_DROP_SPOOFED);
@@ -41,23 +72,18 @@ int from_pod(struct __sk_buff *skb)
 	if (parsed == PARSED_ADDRESSES)
 		return forward(skb, &p, false);
 
-	f = flow_find(&p.tuple);
-	if (f && !flow_stale(f, &p)) {
-		flow_touch(f, p.tcp_flags);
-		if (likely(!(f->flags & FLOW_TRANSLATED)))
-			return forward(skb, &p, false);
-		from_node = f->flags & FLOW_SOURCE_IS_NODE;
-		if (!rewrite(skb, &p, &f->to)) {
-			count(COUNT_DROP_REWRITE);
-			return TC_ACT_SHOT;
-		}
-		return forward(skb, &p, from_node);
+	if (f && !(flow_translates(f, reversed) && flow_stale(f, &p))) {
+		f->ifindex[reversed & 1] = skb->ifindex;
+		if (flow_translates(f, reversed))
+			return translated(skb, &p, f, reversed);
+		flow_touch(f, p.tcp_flags, reversed);
+		return forward(skb, &p, false);
 	}
 	switch (nat_open(skb, &p, SCOPE_INTERNAL)) {
 	case NAT_DROP:
 		return TC_ACT_SHOT;
 	case NAT_NONE:
-		flow_open(&p);
+		flow_open(&p, skb->ifindex);
 		break;
 	case NAT_TRANSLATED:
 		break;
@@ -70,19 +96,19 @@ SEC("tcx/egress")
 int to_pod(struct __sk_buff *skb)
 {
 	struct packet p = {};
+	__u32 reversed;
 	struct flow *f;
 
 	count(COUNT_POD_INGRESS);
 	if (parse(skb, &p) != PARSED_PORTS)
 		return TC_ACT_UNSPEC;
-	f = flow_find(&p.tuple);
+	f = flow_find(&p.tuple, &reversed);
 	if (!f) {
-		flow_open(&p);
+		flow_open(&p, 0);
 		return TC_ACT_UNSPEC;
 	}
-	flow_touch(f, p.tcp_flags);
-	if ((f->flags & (FLOW_TRANSLATED | FLOW_REPLY)) == (FLOW_TRANSLATED | FLOW_REPLY) &&
-	    !rewrite(skb, &p, &f->to)) {
+	flow_touch(f, p.tcp_flags, reversed);
+	if (f->flags & FLOW_REPLY && flow_translates(f, reversed) && !rewrite(skb, &p, &f->to)) {
 		count(COUNT_DROP_REWRITE);
 		return TC_ACT_SHOT;
 	}

@@ -39,39 +39,57 @@ type Expired struct {
 	LastSeen uint64
 }
 
-// Plan says which of flows are over. now is the clock of their LastSeen, in ns. Both directions of a
-// flow live and die together: the later of the two counts. It is pure.
+// Plan says which of flows are over. now is the clock of their LastSeen, in ns. The two sides of a
+// translated flow live and die together: the later of the two counts. It is pure.
 func Plan(flows map[maps.Tuple]maps.Flow, now uint64, life Lifetimes) []Expired {
 	var out []Expired
 	for t, f := range flows {
-		seen, flags, both := f.LastSeen, f.Flags, false
-		if pair, ok := flows[other(t, f)]; ok {
-			seen = max(seen, pair.LastSeen)
-			both = f.Flags&pair.Flags&maps.FlowSeen != 0
-			// Closed by FIN only when both directions have sent theirs.
-			if pair.Flags&maps.FlowFin == 0 {
-				flags &^= maps.FlowFin
+		seen := f.LastSeen
+		state := stateOf(f)
+		if f.Flags&maps.FlowTranslated != 0 {
+			if pair, ok := flows[f.To.Canonical()]; ok {
+				seen = max(seen, pair.LastSeen)
+				state = state.with(stateOf(pair))
 			}
-			flags |= pair.Flags & maps.FlowRst
 		}
-		if now > seen && now-seen > uint64(lifetime(t.Proto, flags, both, life)) {
+		if now > seen && now-seen > uint64(state.lifetime(t.Proto, life)) {
 			out = append(out, Expired{Tuple: t, LastSeen: f.LastSeen})
 		}
 	}
 	return out
 }
 
-// other is where the entry of the opposite direction is: the answer to what the packet becomes.
-func other(t maps.Tuple, f maps.Flow) maps.Tuple {
-	if f.Flags&maps.FlowTranslated != 0 {
-		return f.To.Reverse()
-	}
-	return t.Reverse()
+// state of a flow: how many directions were seen and have ended.
+type state struct {
+	seen, ended int
+	reset       bool
 }
 
-func lifetime(proto uint8, flags uint32, both bool, life Lifetimes) time.Duration {
+func stateOf(f maps.Flow) state {
+	count := func(bits ...uint32) (n int) {
+		for _, b := range bits {
+			if f.Flags&b != 0 {
+				n++
+			}
+		}
+		return n
+	}
+	return state{
+		seen:  count(maps.FlowSeen, maps.FlowSeenBack),
+		ended: count(maps.FlowFin, maps.FlowFinBack),
+		reset: f.Flags&maps.FlowRst != 0,
+	}
+}
+
+// with adds the other side, which sees the other direction.
+func (s state) with(o state) state {
+	return state{seen: s.seen + o.seen, ended: s.ended + o.ended, reset: s.reset || o.reset}
+}
+
+func (s state) lifetime(proto uint8, life Lifetimes) time.Duration {
+	both := s.seen >= 2
 	switch {
-	case proto == maps.TCP && flags&(maps.FlowFin|maps.FlowRst) != 0:
+	case proto == maps.TCP && (s.ended >= 2 || s.reset):
 		return life.TCPClosed
 	case proto == maps.TCP && both:
 		return life.TCP
@@ -142,17 +160,18 @@ func (c *Collector) Collect() (flows, removed int, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
+	flows = len(all)
 	expired := Plan(all, now, c.Lifetimes)
 	for _, e := range expired {
 		if err := c.Table.Forget(e.Tuple, e.LastSeen); err != nil {
-			return len(all), removed, fmt.Errorf("flow %v: %w", e.Tuple, err)
+			return flows, removed, fmt.Errorf("flow %v: %w", e.Tuple, err)
 		}
 		removed++
 	}
 	if c.Observe != nil {
-		c.Observe(len(all), removed)
+		c.Observe(flows, removed)
 	}
-	return len(all), removed, nil
+	return flows, removed, nil
 }
 
 // Now reads the clock that programs stamp flows with.

@@ -137,24 +137,44 @@ func (t Tuple) Reverse() Tuple {
 	return t
 }
 
+// Canonical puts the tuple in the order that flows are stored under, as tuple_canonical does.
+func (t Tuple) Canonical() Tuple {
+	for i := 12; i >= 0; i -= 4 {
+		s, d := binary.NativeEndian.Uint32(t.Saddr[i:]), binary.NativeEndian.Uint32(t.Daddr[i:])
+		if s > d {
+			return t.Reverse()
+		}
+		if s < d {
+			return t
+		}
+	}
+	if binary.NativeEndian.Uint16(t.Sport[:]) > binary.NativeEndian.Uint16(t.Dport[:]) {
+		return t.Reverse()
+	}
+	return t
+}
+
 // Flags of a Flow.
 const (
 	FlowTranslated   = 1 << 0
 	FlowReply        = 1 << 1
 	FlowSeen         = 1 << 2
-	FlowFin          = 1 << 3
-	FlowRst          = 1 << 4
-	FlowSourceIsNode = 1 << 5
+	FlowSeenBack     = 1 << 3
+	FlowFin          = 1 << 4
+	FlowFinBack      = 1 << 5
+	FlowRst          = 1 << 6
+	FlowSourceIsNode = 1 << 7
 )
 
-// Flow is one direction of a connection.
+// Flow is a connection, or one side of a translated one. It is stored under its tuple in canonical order.
 type Flow struct {
 	LastSeen uint64 // ns of the kernel's coarse monotonic clock
 	To       Tuple  // what a translated packet becomes
 	Service  uint32
 	Flags    uint32
 	Backend  uint32
-	Pad      uint32
+	Reversed uint32    // 1 if .To is for packets with the key's ends exchanged
+	Ifindex  [2]uint32 // of the pods' devices that the directions come from
 }
 
 // AffinityKey is a client of a backend set.

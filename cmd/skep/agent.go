@@ -91,13 +91,15 @@ func (a *agent) newNode(ctx context.Context) (*node.Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("certificate of the node's API: %w", err)
 	}
-	return node.New(ctx, node.Config{
+	config := node.Config{
 		NodeName: s.nodeName, NodeIPs: s.nodeIPs, Client: client, Informers: a.p.informers,
 		DataDir: s.dataDir, ImagesDir: s.imagesDir, ClusterDNS: s.clusterDNS, ClusterDomain: s.clusterDomain,
 		Network: a.dataplane, RuntimeConfig: runtime.Config{ContainerdAddress: s.containerdAddress},
 		ServingCert: serving, ClientCA: a.p.authority.CAPool(),
 		Log: a.p.log.With("part", "node"), Metrics: a.p.metrics,
-	})
+	}
+	config.ServeAPI = func(ctx context.Context, n *node.Agent) error { return a.p.serveNodeAPI(ctx, n, config) }
+	return node.New(ctx, config)
 }
 
 // newIngress makes the proxy with its listeners. They listen on loopback and a port that nobody

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 
 	"k8s.io/klog/v2"
 )
@@ -27,32 +28,76 @@ func newLogger(out io.Writer, level, format string) (*slog.Logger, error) {
 	default:
 		return nil, fmt.Errorf("--log-format: %q is not one of text, json", format)
 	}
-	// Upstream's libraries say at info what concerns their own workings: it is our debug.
-	klog.SetSlogLogger(slog.New(demoted{handler}).With("from", "kubernetes"))
-	return slog.New(handler), nil
+	klog.SetSlogLogger(slog.New(upstream{Handler: handler, chatty: true}).With("from", "kubernetes"))
+	return slog.New(upstream{Handler: handler}), nil
 }
 
-// demoted passes records on one step below their level, warnings and errors excepted.
-type demoted struct{ slog.Handler }
-
-func (d demoted) Enabled(ctx context.Context, l slog.Level) bool {
-	return d.Handler.Enabled(ctx, demote(l))
+// upstream puts the libraries' records where an operator expects them.
+type upstream struct {
+	slog.Handler
+	chatty bool // says at info what concerns its own workings: that is debug here
 }
 
-func (d demoted) Handle(ctx context.Context, r slog.Record) error {
-	r.Level = demote(r.Level)
-	return d.Handler.Handle(ctx, r)
+// harmless are messages that upstream logs as errors or warnings although all is well, and why.
+var harmless = []string{
+	// The kubernetes Service is removed and written anew at each start; so says upstream of success.
+	"Found stale data, removed previous endpoints on kubernetes service",
+	// Upstream watches for manifests of admission configuration, which skep has none of.
+	"The manifest file is empty, ignoring",
+	// Mutating admission policies ask for OpenAPI before the server answers, and ask again.
+	"failed to fetch openapi paths",
+	// etcd: what it says of a new data directory, and of a member without peers and listeners.
+	"Running http and grpc server on single port",
+	"simple token is not cryptographically signed",
+	"Failed to detect schema version",
+	"failed to update storage version",
+	// containerd: an optional feature of the file system below the content store.
+	"failed check for fsverity support",
 }
 
-func (d demoted) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return demoted{d.Handler.WithAttrs(attrs)}
-}
-
-func (d demoted) WithGroup(name string) slog.Handler { return demoted{d.Handler.WithGroup(name)} }
-
-func demote(l slog.Level) slog.Level {
-	if l < slog.LevelWarn {
-		return l - 4
+func (u upstream) level(l slog.Level) slog.Level {
+	if u.chatty && l == slog.LevelInfo {
+		return slog.LevelDebug
 	}
 	return l
+}
+
+func (u upstream) Enabled(ctx context.Context, l slog.Level) bool {
+	return u.Handler.Enabled(ctx, u.level(l))
+}
+
+func (u upstream) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = u.level(r.Level)
+	if r.Level > slog.LevelDebug && isHarmless(r) {
+		r.Level = slog.LevelDebug
+	}
+	if !u.Handler.Enabled(ctx, r.Level) {
+		return nil
+	}
+	return u.Handler.Handle(ctx, r)
+}
+
+func (u upstream) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return upstream{u.Handler.WithAttrs(attrs), u.chatty}
+}
+
+func (u upstream) WithGroup(name string) slog.Handler {
+	return upstream{u.Handler.WithGroup(name), u.chatty}
+}
+
+// isHarmless also covers watches that end because the process does.
+func isHarmless(r slog.Record) bool {
+	text := r.Message
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Key == "err" || a.Key == "error" {
+			text += " " + a.Value.String()
+		}
+		return true
+	})
+	for _, h := range harmless {
+		if strings.Contains(text, h) {
+			return true
+		}
+	}
+	return strings.HasSuffix(text, context.Canceled.Error())
 }

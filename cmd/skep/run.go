@@ -41,6 +41,7 @@ type process struct {
 	settings  serverSettings
 	log       *slog.Logger
 	metrics   prometheus.Registerer
+	gatherer  prometheus.Gatherer
 	authority *pki.Authority
 	server    *apiserver.Server
 	// informers keeps the cluster-wide objects that several parts want, once for all of them.
@@ -74,7 +75,8 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 		return errors.Join(err, etcd.Close())
 	}
 
-	p := &process{settings: s, log: log, metrics: prometheus.NewRegistry(), authority: authority, server: server}
+	registry := prometheus.NewRegistry()
+	p := &process{settings: s, log: log, metrics: registry, gatherer: registry, authority: authority, server: server}
 	shared, err := p.client("system:skep", "system:masters")
 	if err != nil {
 		return errors.Join(err, etcd.Close())

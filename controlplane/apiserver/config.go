@@ -14,6 +14,7 @@ import (
 	"time"
 
 	utilnet "k8s.io/apimachinery/pkg/util/net"
+	"k8s.io/apiserver/pkg/storage/storagebackend"
 
 	"skep.io/skep/api"
 	"skep.io/skep/controlplane/pki"
@@ -43,6 +44,11 @@ type Config struct {
 	NodePortRange string
 	// ClusterDomain is the DNS suffix of services; empty is api.DefaultClusterDomain.
 	ClusterDomain string
+
+	// CompactionInterval is how often old versions of objects are dropped from the store, and how
+	// old they are then at least; 0 is five minutes. A watch or a paged list that is further
+	// behind has to start over.
+	CompactionInterval time.Duration
 
 	// RequestTimeout bounds a request that is not a watch; 0 is one minute. It also bounds how
 	// long the server waits at its end for requests that are still being answered.
@@ -94,6 +100,9 @@ func (c Config) complete() (Config, error) {
 	}
 	if c.RequestTimeout == 0 {
 		c.RequestTimeout = time.Minute
+	}
+	if c.CompactionInterval == 0 {
+		c.CompactionInterval = storagebackend.DefaultCompactInterval
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -9,7 +9,7 @@
 //	 ├ certificates on disk, port opened                        [certs.go, server.go]
 //	 ├ upstream's options: Config in upstream's words           [options.go]
 //	 ├ what all servers share                                   [generic.go]
-//	 │   loopback client ── in-process transport ──┐            [inprocess.go]
+//	 │   loopback client ── in-process transport ──┐            [inprocess/]
 //	 │   storage ── in-process etcd client         │            [etcdclient.go]
 //	 │   authentication: in-process tokens, client certificates, [identities.go]
 //	 │     service accounts, bootstrap tokens, front proxy, anonymous

@@ -37,7 +37,7 @@ type testServer struct {
 }
 
 // start opens dir and runs a server in it on a free loopback port until the test ends or stop.
-func start(t testing.TB, dir string) *testServer {
+func start(t testing.TB, dir string, change ...func(*Config)) *testServer {
 	t.Helper()
 	begin := time.Now()
 	log := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelError}))
@@ -53,11 +53,15 @@ func start(t testing.TB, dir string) *testServer {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := New(t.Context(), Config{
+	cfg := Config{
 		Store: st, PKI: ca, Listener: l, AdvertiseAddress: net.IPv4(192, 0, 2, 1),
 		ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16"), netip.MustParsePrefix("fd73:6b65:7043::/112")},
 		Log:          log,
-	})
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	s, err := New(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

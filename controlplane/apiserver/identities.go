@@ -13,6 +13,8 @@ import (
 	"k8s.io/apiserver/pkg/authentication/authenticator"
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/rest"
+
+	"skep.io/skep/controlplane/apiserver/inprocess"
 )
 
 // identities are the users that parts of this process act as. Each gets a bearer token that lives
@@ -60,7 +62,7 @@ func (i *identities) AuthenticateToken(_ context.Context, token string) (*authen
 
 // inProcessConfig is a client configuration whose requests never leave the process. Discovery and
 // CustomResources answer JSON whatever is asked for, so both types are accepted.
-func inProcessConfig(transport *inProcess, host, token string) *rest.Config {
+func inProcessConfig(transport *inprocess.Transport, host, token string) *rest.Config {
 	return &rest.Config{
 		Host:        host,
 		Transport:   transport,

@@ -25,6 +25,7 @@ func upstreamOptions(ctx context.Context, cfg Config, certs certificates, listen
 	o := options.NewServerRunOptions()
 
 	o.Etcd.StorageConfig.Transport.ServerList = []string{etcd}
+	o.Etcd.StorageConfig.CompactionInterval = cfg.CompactionInterval
 
 	o.SecureServing.Listener = listener
 	o.SecureServing.BindAddress = cfg.BindAddress

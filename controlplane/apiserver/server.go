@@ -15,6 +15,9 @@ import (
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/client-go/rest"
 	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
+	"k8s.io/kube-openapi/pkg/common"
+
+	"skep.io/skep/controlplane/apiserver/inprocess"
 )
 
 // Server is one API server.
@@ -22,7 +25,8 @@ type Server struct {
 	cfg        Config
 	etcd       string // the store's name among in-process stores
 	aggregator *aggregatorapiserver.APIAggregator
-	transport  *inProcess
+	openAPI    *common.OpenAPIV3Config
+	transport  *inprocess.Transport
 	identities *identities
 	host       string
 	ready      chan struct{}
@@ -52,7 +56,7 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 	s := &Server{
 		cfg:        cfg,
 		etcd:       registerStore(cfg.Store),
-		transport:  &inProcess{log: cfg.Log},
+		transport:  inprocess.New(cfg.Log),
 		identities: newIdentities(),
 		host:       "https://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(listener.Addr().(*net.TCPAddr).Port)),
 		ready:      make(chan struct{}),
@@ -85,6 +89,7 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 	if err != nil {
 		return err
 	}
+	s.openAPI = g.config.OpenAPIV3Config
 	s.aggregator, err = buildChain(o, g)
 	return err
 }
@@ -107,16 +112,18 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	s.started = true
 	defer unregisterStore(s.etcd)
-	defer s.transport.serve(nil)
+	defer s.transport.Serve(nil)
 
 	prepared, err := s.aggregator.PrepareRun()
 	if err != nil {
 		return fmt.Errorf("apiserver: %w", err)
 	}
+	// The descriptions of all types, some 8 MB, have served: what is asked for later makes its own.
+	s.openAPI.Definitions = nil
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	handler := s.aggregator.GenericAPIServer.Handler
-	s.transport.serve(handler)
+	s.transport.Serve(handler)
 	go s.announceReady(ctx, handler)
 	go s.renewCertificates(ctx)
 	ended := make(chan error, 1)

@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"runtime/pprof"
 	"strings"
 	"testing"
 	"time"
@@ -138,4 +140,47 @@ func TestFullDiskEndsRun(t *testing.T) {
 	case <-time.After(generous):
 		t.Fatal("Run goes on")
 	}
+}
+
+// A server leaves no goroutine and no file descriptor behind. The first one in a process is let
+// off: upstream keeps a dozen process-wide loops (clocks, certificate rotation of shared transports).
+func TestStopLeavesNothing(t *testing.T) {
+	run := func() { start(t, t.TempDir()).stop() }
+	run()
+	goroutines, fds := settle(t, 0, 0)
+	run()
+	g, f := settle(t, goroutines, fds)
+	if g > goroutines || f > fds {
+		var all strings.Builder
+		_ = pprof.Lookup("goroutine").WriteTo(&all, 1)
+		t.Errorf("goroutines %d → %d, descriptors %d → %d\n%s", goroutines, g, fds, f, all.String())
+	}
+}
+
+// settle counts goroutines and descriptors once they are at most the given numbers, or have not
+// changed for a while: those of a stopped server end when their timers say so.
+func settle(t *testing.T, atMostG, atMostF int) (goroutines, fds int) {
+	t.Helper()
+	unchanged := 0
+	for range 200 {
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		g, f := runtime.NumGoroutine(), len(entries)
+		if g <= atMostG && f <= atMostF {
+			return g, f
+		}
+		if g == goroutines && f == fds {
+			unchanged++
+		} else {
+			unchanged = 0
+		}
+		goroutines, fds = g, f
+		if unchanged == 30 {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return goroutines, fds
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package apiserver
+package inprocess
 
 import (
 	"context"
@@ -19,8 +19,8 @@ import (
 
 func roundTrip(t *testing.T, ctx context.Context, h http.HandlerFunc, method, body string) (*http.Response, error) {
 	t.Helper()
-	tr := &inProcess{log: slog.New(slog.DiscardHandler)}
-	tr.serve(h)
+	tr := New(slog.New(slog.DiscardHandler))
+	tr.Serve(h)
 	req, err := http.NewRequestWithContext(ctx, method, "https://host:1/path?q=1", strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
@@ -51,7 +51,7 @@ func TestTransportCarriesRequestAndResponse(t *testing.T) {
 }
 
 func TestTransportWithoutHandlerRefuses(t *testing.T) {
-	tr := &inProcess{}
+	tr := New(nil)
 	req, _ := http.NewRequest(http.MethodGet, "https://host/", nil)
 	if _, err := tr.RoundTrip(req); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("got %v", err)

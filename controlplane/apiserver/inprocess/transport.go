@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-package apiserver
+// Package inprocess is an HTTP transport that calls a handler of the same process.
+package inprocess
 
 import (
 	"bytes"
@@ -18,10 +19,10 @@ import (
 	"syscall"
 )
 
-// inProcess is a transport that calls the server's handler: no socket, no TLS, no parsing, and one
-// goroutine for a watch where a connection takes four. The handler sees it as HTTP/2, which is how
-// upstream's filters tell a response that can be flushed but not hijacked.
-type inProcess struct {
+// Transport calls a handler: no socket, no TLS, no parsing, and one goroutine for a watch where a
+// connection takes four. The handler sees HTTP/2, which is how Kubernetes' filters tell a response
+// that can be flushed but not hijacked.
+type Transport struct {
 	handler atomic.Pointer[http.Handler]
 	log     *slog.Logger
 }
@@ -30,8 +31,11 @@ type inProcess struct {
 // A larger response waits for its reader, as it would in a socket.
 const bodyLimit = 256 << 10
 
-// serve sets the handler; nil refuses every request.
-func (t *inProcess) serve(h http.Handler) {
+// New returns a transport that refuses every request until Serve. Panics of handlers go to log.
+func New(log *slog.Logger) *Transport { return &Transport{log: log} }
+
+// Serve sets the handler; nil refuses every request.
+func (t *Transport) Serve(h http.Handler) {
 	if h == nil {
 		t.handler.Store(nil)
 		return
@@ -40,7 +44,7 @@ func (t *inProcess) serve(h http.Handler) {
 }
 
 // RoundTrip implements http.RoundTripper.
-func (t *inProcess) RoundTrip(req *http.Request) (*http.Response, error) {
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	h := t.handler.Load()
 	if h == nil {
 		// What a client gets from a port that nobody listens on, so that it tries again.
@@ -87,7 +91,7 @@ func (t *inProcess) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // call runs the handler and turns a panic into an error, as net/http's server does.
-func (t *inProcess) call(h http.Handler, w http.ResponseWriter, r *http.Request) (err error) {
+func (t *Transport) call(h http.Handler, w http.ResponseWriter, r *http.Request) (err error) {
 	defer func() {
 		switch p := recover(); {
 		case p == nil:

@@ -63,7 +63,8 @@ type Config struct {
 	Clock clock.PassiveClock
 }
 
-func (cfg Config) complete() (Config, error) {
+// validate names every field that is missing.
+func (cfg Config) validate() error {
 	var errs []error
 	if cfg.Client == nil {
 		errs = append(errs, errors.New("Client is missing"))
@@ -81,8 +82,12 @@ func (cfg Config) complete() (Config, error) {
 		errs = append(errs, errors.New("ServiceCIDRs are missing: services need a range"))
 	}
 	if err := errors.Join(errs...); err != nil {
-		return cfg, fmt.Errorf("controllers: %w", err)
+		return fmt.Errorf("controllers: %w", err)
 	}
+	return nil
+}
+
+func (cfg Config) withDefaults() Config {
 	if cfg.NodeMaskIPv4 == 0 {
 		cfg.NodeMaskIPv4 = 24
 	}
@@ -104,7 +109,7 @@ func (cfg Config) complete() (Config, error) {
 	if cfg.Clock == nil {
 		cfg.Clock = clock.RealClock{}
 	}
-	return cfg, nil
+	return cfg
 }
 
 // run works until its context ends. Ending earlier is an error.
@@ -130,11 +135,10 @@ type env struct {
 // Run runs every controller until ctx ends, and returns nil then. It returns an error as soon as one cannot
 // be made or dies.
 func Run(ctx context.Context, cfg Config) error {
-	cfg, err := cfg.complete()
-	if err != nil {
+	if err := cfg.validate(); err != nil {
 		return err
 	}
-	return runEntries(ctx, cfg, registry())
+	return runEntries(ctx, cfg.withDefaults(), registry())
 }
 
 func runEntries(ctx context.Context, cfg Config, entries []entry) error {

@@ -35,7 +35,7 @@ func newLogger(out io.Writer, level, format string) (*slog.Logger, error) {
 // upstream puts the libraries' records where an operator expects them.
 type upstream struct {
 	slog.Handler
-	chatty bool // says at info what concerns its own workings: that is debug here
+	chatty bool // says at info what concerns its own workings, and klog its warnings too: debug here
 }
 
 // harmless are messages that upstream logs as errors or warnings although all is well, and why.

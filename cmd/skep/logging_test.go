@@ -28,7 +28,6 @@ func TestLogLevels(t *testing.T) {
 		{"our information", func() { log.Info("one") }, true},
 		{"our debugging", func() { log.Debug("two") }, false},
 		{"upstream's information", func() { klog.Info("three") }, false},
-		{"upstream's warning", func() { klog.Warning("four") }, true},
 		{"upstream's error", func() { klog.ErrorS(errors.New("broken"), "five") }, true},
 		{"a watch that ends with the process", func() { klog.ErrorS(fmt.Errorf("get: %w", context.Canceled), "Failed to watch") }, false},
 		{"success that upstream calls an error", func() {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	corev1 "k8s.io/api/core/v1"
@@ -180,6 +181,25 @@ func (s *script) ownNamespace(ctx context.Context, env *testscript.Env) error {
 	return clientcmd.WriteToFile(*config, path)
 }
 
+// pause keeps a failed script's node for somebody to look at: with SKEP_E2E_PAUSE=FILE, until that
+// person removes FILE. It holds what EnterFrom needs: see tests/cluster/skep-cluster.
+func pause(t testing.TB, n *cluster.Node) {
+	path := os.Getenv("SKEP_E2E_PAUSE")
+	if path == "" {
+		return
+	}
+	if err := os.WriteFile(path, []byte(n.Place()), 0o600); err != nil {
+		t.Error(err)
+		return
+	}
+	for {
+		if _, err := os.Stat(path); err != nil {
+			return
+		}
+		time.Sleep(time.Second)
+	}
+}
+
 // end says what was the matter, and removes what the script made.
 func (s *script) end(env *testscript.Env) {
 	t := env.T().(testing.TB)
@@ -193,6 +213,7 @@ func (s *script) end(env *testscript.Env) {
 	}
 	if t.Failed() && !s.stopped {
 		t.Log(s.node.Diagnose(ctx, s.namespace))
+		pause(t, s.node)
 	}
 	if s.own {
 		stop := s.node.Stop

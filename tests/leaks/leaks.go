@@ -148,8 +148,8 @@ func routes() ([]string, error) {
 			return nil, err
 		}
 		for _, r := range list {
-			if r.Type == unix.RTN_MULTICAST || r.Protocol == unix.RTPROT_RA || r.Flags&unix.RTM_F_CLONED != 0 {
-				continue // the kernel's own, as traffic comes
+			if r.Type == unix.RTN_MULTICAST || r.Type == unix.RTN_ANYCAST || r.Protocol == unix.RTPROT_RA || r.Flags&unix.RTM_F_CLONED != 0 {
+				continue // the kernel's own, as traffic comes and forwarding is switched on
 			}
 			if r.Table == unix.RT_TABLE_LOCAL && r.Dst != nil && r.Dst.IP.IsLinkLocalUnicast() {
 				continue // follows its address, once nobody else claims that

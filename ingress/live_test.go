@@ -19,6 +19,8 @@ import (
 
 	"github.com/gorilla/websocket"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes/fake"
 )
 
 // echo is a WebSocket backend.
@@ -159,7 +161,7 @@ func TestRouteChangesUnderLoadDropNothing(t *testing.T) {
 		return req
 	})
 	api := h.client.NetworkingV1().Ingresses("default")
-	for i := range 50 {
+	for i := range 20 {
 		target := "ab"[i%2 : i%2+1]
 		ing := ingress("main", rule{"app.com", "/", false, target})
 		ing.Generation = int64(i + 2)
@@ -170,7 +172,7 @@ func TestRouteChangesUnderLoadDropNothing(t *testing.T) {
 		if _, err := api.Create(ctx, other, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		l.more(20)
+		l.more(10)
 	}
 	if answers := l.end(); answers["a"] == 0 || answers["b"] == 0 {
 		t.Errorf("answers: %v", answers)
@@ -199,19 +201,19 @@ func TestBackendsComeAndGoUnderLoad(t *testing.T) {
 		req, _ := http.NewRequest(method, "http://app/", body)
 		return req
 	})
-	for i := 2; i < 20; i++ {
+	for i := 2; i < 10; i++ {
 		add(i)
 		h.backends.set("app", addrs()...)
-		l.more(50)
+		l.more(10)
 		// The pod goes as pods do: it leaves the table, finishes what it has, and is gone.
 		old := servers[i-2]
 		delete(servers, i-2)
 		h.backends.set("app", addrs()...)
 		l.settle()
 		old.Close()
-		l.more(50)
+		l.more(10)
 	}
-	if answers := l.end(); len(answers) < 20 {
+	if answers := l.end(); len(answers) < 10 {
 		t.Errorf("only %d backends answered", len(answers))
 	}
 	// A pod that dies before the table knows: what was not yet sent goes to the other one.
@@ -321,5 +323,49 @@ func TestDrainCutsWhatDoesNotEnd(t *testing.T) {
 	h.stop()
 	if _, _, err := c.ReadMessage(); err == nil {
 		t.Error("the connection outlived the server")
+	}
+}
+
+// TestAListenerThatFailsEndsTheServer: whoever runs it has to know.
+func TestAListenerThatFailsEndsTheServer(t *testing.T) {
+	client := fake.NewClientset()
+	factory := informers.NewSharedInformerFactory(client, 0)
+	l := listen(t)
+	s, err := New(Config{
+		Client: client, Informers: factory, Backends: newFakeBackends(), ListenHTTP: l,
+		StatusAddresses: func() []netip.Addr { return nil },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	factory.Start(ctx.Done())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	<-s.Ready()
+	l.Close()
+	if err := <-done; err == nil {
+		t.Error("Run returned without an error")
+	}
+	cancel()
+	factory.Shutdown()
+}
+
+func TestEndBeforeReady(t *testing.T) {
+	client := fake.NewClientset()
+	factory := informers.NewSharedInformerFactory(client, 0) // never started
+	l := listen(t)
+	s, err := New(Config{Client: client, Informers: factory, Backends: newFakeBackends(), ListenHTTP: l})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := s.Run(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := net.Dial("tcp", l.Addr().String()); err == nil {
+		t.Error("the listener is still open")
 	}
 }

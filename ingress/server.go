@@ -194,6 +194,7 @@ func (s *Server) Ready() <-chan struct{} { return s.ready }
 // connections wait: answering 404 for routes not read yet would be a lie.
 func (s *Server) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
+	defer s.certs.wg.Wait() // after the reconciler, which starts them
 	defer wg.Wait()
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop() // outlives ctx by the drain: routes and certificates still serve
@@ -215,9 +216,9 @@ func (s *Server) Run(ctx context.Context) error {
 	s.build(work)
 	s.awaitCertificates(ctx)
 	wg.Go(func() { s.reconcile(work, changed) })
-	wg.Go(func() { s.publishLoop(ctx) })
-	defer s.certs.wg.Wait()
-	defer stop()
+	live, quit := context.WithCancel(ctx) // ends with ctx, or when serving fails
+	defer quit()
+	wg.Go(func() { s.publishLoop(live) })
 
 	servers, failed := s.serve(&wg)
 	close(s.ready)

@@ -68,6 +68,11 @@ func ours(object *v1.Pod) bool {
 }
 
 func (s *Scheduler) onPod(before, after *v1.Pod) {
+	if before != nil && before.UID != after.UID {
+		// Another pod of the same name: the informer did not see, or joined, what was in between.
+		s.onPodGone(before)
+		before = nil
+	}
 	switch {
 	case finished(after):
 		s.onPodGone(after)
@@ -75,7 +80,7 @@ func (s *Scheduler) onPod(before, after *v1.Pod) {
 		s.onBound(newPod(after))
 	case !ours(after):
 		s.onPodGone(after)
-	case before != nil && ours(before) && before.UID == after.UID && apiequality.Semantic.DeepEqual(before.Spec, after.Spec):
+	case before != nil && ours(before) && apiequality.Semantic.DeepEqual(before.Spec, after.Spec):
 		// Only status or labels changed, most likely by our own report: no reason to try again.
 		s.mu.Lock()
 		defer s.mu.Unlock()

@@ -94,7 +94,9 @@ func Run(ctx context.Context, cfg Config) error {
 	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
 		return nil
 	}
-	s.log.Info("scheduler started", "nodes", len(s.snapshot.nodes), "pods", len(s.snapshot.pods))
+	s.mu.Lock()
+	s.log.Info("scheduling begins", "nodes", len(s.snapshot.nodes), "bound", len(s.snapshot.pods), "pending", len(s.queue.byUID))
+	s.mu.Unlock()
 	s.work.Go(func() { s.reports.run(ctx) })
 	s.loop(ctx)
 	s.work.Wait()
@@ -104,7 +106,7 @@ func Run(ctx context.Context, cfg Config) error {
 func newScheduler(cfg Config, recorder record.EventRecorder) (*Scheduler, error) {
 	s := &Scheduler{
 		client:   cfg.Client,
-		log:      cfg.Log.With("component", "scheduler"),
+		log:      cfg.Log,
 		recorder: recorder,
 		budgets:  cfg.Informers.Policy().V1().PodDisruptionBudgets().Lister(),
 		now:      time.Now,

@@ -19,6 +19,7 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 	clienttesting "k8s.io/client-go/testing"
+	"k8s.io/client-go/tools/record"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -237,5 +238,27 @@ func TestPreempts(t *testing.T) {
 	c.event("Preempted", "Preempted by pod uid-high on node a")
 	if c.pod("low") != nil {
 		t.Error("the victim is still there")
+	}
+}
+
+// An informer that lost its watch may show the next pod of a name as an update of the last.
+func TestAnotherPodOfTheSameName(t *testing.T) {
+	client := fake.NewClientset()
+	s, err := newScheduler(Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler)},
+		record.NewFakeRecorder(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.onNode(nil, testNode("a"))
+	before := testPod("p", onNode("a"), asks("cpu", "1"))
+	s.onPod(nil, before)
+	after := testPod("p", asks("cpu", "2"))
+	after.UID = "another"
+	s.onPod(before, after)
+	if n := s.snapshot.byName["a"]; len(n.pods) != 0 || n.requested.milliCPU != 0 {
+		t.Errorf("the last pod is still accounted: %+v", n.requested)
+	}
+	if s.queue.byUID["another"] == nil {
+		t.Error("the next pod is not queued")
 	}
 }

@@ -74,7 +74,7 @@ func Run(ctx context.Context, cfg Config) error {
 	case cfg.Port < 0:
 		cfg.Port = 0
 	}
-	log := cfg.Log.With("component", "dns")
+	log := cfg.Log
 	sockets, err := listen(ctx, cfg.Addrs, cfg.Port, log)
 	if err != nil {
 		return err
@@ -106,7 +106,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	cfg.Informers.Start(ctx.Done())
 	group.Go(func() error { w.run(ctx); return nil })
-	group.Go(func() error { return servers.watch(ctx) })
+	group.Go(func() error { servers.watch(ctx); return nil })
 	for _, server := range sockets.servers(h) {
 		group.Go(func() error {
 			if err := server.ActivateAndServe(); err != nil && ctx.Err() == nil {

@@ -127,14 +127,16 @@ func serverAddress(text string) (netip.AddrPort, error) {
 }
 
 // watch reloads until ctx ends. It watches directories, since the file is usually replaced rather
-// than written, and the one that a symbolic link leads to as well.
-func (u *upstreams) watch(ctx context.Context) error {
+// than written, and the one that a symbolic link leads to as well. Where that is not possible the
+// servers stay as they are: the host may have run out of watches, and that must not end DNS.
+func (u *upstreams) watch(ctx context.Context) {
 	if u.path == "" {
-		return nil
+		return
 	}
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
-		return fmt.Errorf("watching %s: %w", u.path, err)
+		u.log.Warn("changes of upstream DNS servers are not followed: raise fs.inotify.max_user_instances", "path", u.path, "err", err)
+		return
 	}
 	defer watcher.Close()
 	watched := ""
@@ -152,14 +154,15 @@ func (u *upstreams) watch(ctx context.Context) error {
 		}
 	}
 	if err := watcher.Add(filepath.Dir(u.path)); err != nil {
-		return fmt.Errorf("watching %s: %w", filepath.Dir(u.path), err)
+		u.log.Warn("changes of upstream DNS servers are not followed", "path", u.path, "err", err)
+		return
 	}
 	follow()
 	u.load() // what changed before the watch began
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		case e := <-watcher.Events:
 			if name := filepath.Base(e.Name); name == filepath.Base(u.path) || filepath.Dir(e.Name) == watched {
 				follow()

@@ -150,7 +150,8 @@ func (d *Dataplane) Run(ctx context.Context) error {
 
 	gc := &conntrack.Collector{Table: d.loader, Lifetimes: conntrack.Defaults, Log: d.cfg.Log}
 	wg.Go(func() { gc.Run(ctx) })
-	wg.Go(func() { d.watchNode(ctx) })
+	e := d.subscribe(ctx)
+	wg.Go(func() { d.watchNode(ctx, e) })
 	err := d.services.Run(ctx)
 	if errors.Is(err, context.Canceled) {
 		return nil
@@ -181,15 +182,20 @@ func (d *Dataplane) ConfigureNode(ctx context.Context, podCIDRs []netip.Prefix) 
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.podCIDRs = slices.Clone(podCIDRs)
-	return d.configure(ctx)
+	return d.configure(ctx, true)
 }
 
 // configure is called with mu held.
-func (d *Dataplane) configure(ctx context.Context) error {
-	err := network.Configure(ctx, network.Config{
-		ClusterCIDRs: d.cfg.ClusterCIDRs, ServiceCIDRs: d.cfg.ServiceCIDRs,
-		ServiceAddresses: d.cfg.ClusterDNS, Log: d.cfg.Log,
-	}, d.podCIDRs)
+func (d *Dataplane) configure(ctx context.Context, rules bool) error {
+	cfg := network.Config{
+		ClusterCIDRs: d.cfg.ClusterCIDRs, ServiceCIDRs: d.cfg.ServiceCIDRs, ServiceAddresses: d.cfg.ClusterDNS, Log: d.cfg.Log,
+	}
+	var err error
+	if rules {
+		err = network.Configure(ctx, cfg, d.podCIDRs)
+	} else {
+		err = network.ConfigureLinks(cfg, d.podCIDRs)
+	}
 	if err == nil {
 		err = d.syncNodeLocked()
 	}

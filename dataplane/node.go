@@ -132,61 +132,69 @@ func ranges(cfg Config, podCIDRs []netip.Prefix) map[netip.Prefix]uint32 {
 // repairInterval bounds how long a flushed netfilter chain stays so: netfilter tells nobody.
 const repairInterval = time.Minute
 
-// watchNode repairs the node's network when somebody changes addresses, links or routes.
-func (d *Dataplane) watchNode(ctx context.Context) {
-	addrs := make(chan netlink.AddrUpdate, 64)
-	routes := make(chan netlink.RouteUpdate, 64)
-	links := make(chan netlink.LinkUpdate, 64)
+// events of the node's network. A channel that could not be had is nil: the repair interval remains.
+type events struct {
+	addrs  chan netlink.AddrUpdate
+	routes chan netlink.RouteUpdate
+	links  chan netlink.LinkUpdate
+}
+
+func (d *Dataplane) subscribe(ctx context.Context) events {
+	e := events{make(chan netlink.AddrUpdate, 64), make(chan netlink.RouteUpdate, 64), make(chan netlink.LinkUpdate, 64)}
 	fail := func(err error) {
 		if ctx.Err() == nil {
 			d.cfg.Log.Warn("watching the node's network", "err", err)
 		}
 	}
-	if err := netlink.AddrSubscribeWithOptions(addrs, ctx.Done(), netlink.AddrSubscribeOptions{ErrorCallback: fail}); err != nil {
+	if err := netlink.AddrSubscribeWithOptions(e.addrs, ctx.Done(), netlink.AddrSubscribeOptions{ErrorCallback: fail}); err != nil {
 		fail(err)
-		addrs = nil
+		e.addrs = nil
 	}
-	if err := netlink.RouteSubscribeWithOptions(routes, ctx.Done(), netlink.RouteSubscribeOptions{ErrorCallback: fail}); err != nil {
+	if err := netlink.RouteSubscribeWithOptions(e.routes, ctx.Done(), netlink.RouteSubscribeOptions{ErrorCallback: fail}); err != nil {
 		fail(err)
-		routes = nil
+		e.routes = nil
 	}
-	if err := netlink.LinkSubscribeWithOptions(links, ctx.Done(), netlink.LinkSubscribeOptions{ErrorCallback: fail}); err != nil {
+	if err := netlink.LinkSubscribeWithOptions(e.links, ctx.Done(), netlink.LinkSubscribeOptions{ErrorCallback: fail}); err != nil {
 		fail(err)
-		links = nil
+		e.links = nil
 	}
+	return e
+}
+
+// watchNode repairs the node's network when somebody changes addresses, links or routes.
+func (d *Dataplane) watchNode(ctx context.Context, e events) {
 	tick := time.NewTicker(repairInterval)
 	defer tick.Stop()
 	for {
+		rules := false
 		select {
 		case <-ctx.Done():
 			return
-		case a, ok := <-addrs:
+		case a, ok := <-e.addrs:
 			if !ok {
-				addrs = nil
+				e.addrs = nil
+			}
+			if !ok || d.isPodDevice(a.LinkIndex) {
 				continue
 			}
-			if d.isPodDevice(a.LinkIndex) {
-				continue
-			}
-		case r, ok := <-routes:
+		case r, ok := <-e.routes:
 			if !ok {
-				routes = nil
+				e.routes = nil
+			}
+			if !ok || r.Type != unix.RTM_DELROUTE || r.Route.Type != unix.RTN_UNREACHABLE {
 				continue
 			}
-			if r.Type != unix.RTM_DELROUTE || r.Route.Type != unix.RTN_UNREACHABLE {
-				continue
-			}
-		case l, ok := <-links:
+		case l, ok := <-e.links:
 			if !ok {
-				links = nil
-				continue
+				e.links = nil
 			}
-			if l.Header.Type != unix.RTM_DELLINK || l.Attrs().Name != network.Device {
+			if !ok || l.Header.Type != unix.RTM_DELLINK || l.Attrs().Name != network.Device {
 				continue
 			}
 		case <-tick.C:
+			rules = true
 		}
-		d.repair(ctx)
+		d.repair(ctx, rules)
 	}
 }
 
@@ -195,14 +203,14 @@ func (d *Dataplane) isPodDevice(index int) bool {
 	return err == nil && slices.Contains(pods, index)
 }
 
-func (d *Dataplane) repair(ctx context.Context) {
+func (d *Dataplane) repair(ctx context.Context, rules bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var err error
 	if d.podCIDRs == nil {
 		err = d.syncNodeLocked()
 	} else {
-		err = d.configure(ctx)
+		err = d.configure(ctx, rules)
 	}
 	if err != nil && ctx.Err() == nil {
 		d.cfg.Log.Error("the node's network could not be repaired, will retry", "err", err)

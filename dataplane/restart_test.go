@@ -4,6 +4,7 @@ package dataplane
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -274,6 +276,17 @@ func TestRepair(t *testing.T) {
 		return netlink.LinkDel(l)
 	})
 	eventually(t, "skep0", func() error { _, err := netlink.LinkByName("skep0"); return err })
+	// So does a route, without which unknown addresses would leave by the default route.
+	namespace(0).do(t, func() error {
+		return netlink.RouteDel(&netlink.Route{Dst: mustCIDR("10.43.0.0/16"), Type: unix.RTN_UNREACHABLE, Priority: 1 << 24})
+	})
+	eventually(t, "unreachable route", func() error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: mustCIDR("10.43.0.0/16")}, netlink.RT_FILTER_DST)
+		if err == nil && len(routes) == 0 {
+			err = errors.New("not there")
+		}
+		return err
+	})
 	for range 2 { // configuring again changes nothing
 		if err := n.dp.ConfigureNode(context.Background(), podCIDRs); err != nil {
 			t.Fatal(err)

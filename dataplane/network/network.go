@@ -42,6 +42,12 @@ func Gateway(podCIDR netip.Prefix) netip.Addr {
 
 // Configure makes the node's network so for its own pod ranges.
 func Configure(ctx context.Context, cfg Config, podCIDRs []netip.Prefix) error {
+	return errors.Join(ConfigureLinks(cfg, podCIDRs), ensureRules(ctx, cfg, podCIDRs))
+}
+
+// ConfigureLinks is Configure without netfilter's rules: it starts no process, and takes next to
+// nothing when all is as it should be.
+func ConfigureLinks(cfg Config, podCIDRs []netip.Prefix) error {
 	device, err := ensureDevice()
 	if err != nil {
 		return err
@@ -55,7 +61,6 @@ func Configure(ctx context.Context, cfg Config, podCIDRs []netip.Prefix) error {
 		ensureAddresses(device, addrs, v6),
 		ensureUnreachable(append(append([]netip.Prefix(nil), cfg.ClusterCIDRs...), cfg.ServiceCIDRs...), v6),
 		sysctls(v6),
-		ensureRules(ctx, cfg, podCIDRs),
 	)
 }
 

@@ -260,7 +260,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		Runtime: a.runtime, Images: a.runtime.Images(), Sandboxes: a.sandboxes, Volumes: volumeAdapter{vols, objects}, Objects: objects,
 		Prober: prober, Services: func(ns string) ([]*corev1.Service, error) { return a.servicesOf(ctx, ns) }, ResolvConf: a.resolvConf, Recorder: recorder,
 		Dir: filepath.Join(a.cfg.DataDir, "pods"), LogsDir: a.cfg.LogsDir, ClusterDomain: a.cfg.ClusterDomain,
-		Allocatable: a.host.allocatable(a.cfg.MaxPods), MemoryCapacity: a.host.memory, BootID: a.host.bootID, Log: a.log,
+		Allocatable: a.host.allocatable(a.cfg.MaxPods), MemoryCapacity: a.host.memory, BootID: a.host.bootID, Log: a.log, Metrics: a.cfg.Metrics,
 	})
 	if err != nil {
 		return err

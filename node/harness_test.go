@@ -72,6 +72,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// testLog writes warnings, or with SKEP_TEST_DEBUG everything.
+func testLog() *slog.Logger {
+	level := slog.LevelWarn
+	if os.Getenv("SKEP_TEST_DEBUG") != "" {
+		level = slog.LevelDebug
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+}
+
 // cluster is an API server and the place for one node's agents, one after another.
 type cluster struct {
 	t      testing.TB
@@ -99,7 +108,7 @@ func newCluster(t testing.TB) *cluster {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	log := testLog()
 	ctx, cancel := context.WithCancel(context.Background())
 	st, err := store.Open(ctx, store.Config{DataDir: filepath.Join(dir, "server"), Log: log})
 	if err != nil {
@@ -178,7 +187,7 @@ func (c *cluster) start() {
 		DataDir: filepath.Join(c.dir, "data"), RunDir: filepath.Join(c.dir, "run"), LogsDir: filepath.Join(c.dir, "logs"),
 		ImagesDir: filepath.Join(c.dir, "images"), ClusterDNS: []netip.Addr{netip.MustParseAddr("10.43.0.10")},
 		RuntimeConfig: runtime.Config{ShimPath: filepath.Join(binDir, shim)},
-		Log:           slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
+		Log:           testLog(),
 	})
 	if err != nil {
 		c.t.Fatal(err)

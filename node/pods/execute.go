@@ -66,6 +66,9 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 			return func() {
 				delete(w.starting, a.Container)
 				w.listed = false
+				if f != nil {
+					w.set.stats.failed.WithLabelValues(string(a.Kind)).Inc()
+				}
 				if f == nil {
 					delete(w.starts, a.Container)
 					w.retries.forget(a.key())
@@ -132,6 +135,7 @@ func (w *worker) outcome(a Action, err error, ok func()) func() {
 			return
 		}
 		at := w.retries.failed(a.key(), firstRetry, retryLimit)
+		w.set.stats.failed.WithLabelValues(string(a.Kind)).Inc()
 		w.listed = false
 		w.set.cfg.Log.Error("pod action failed", "action", a.Kind, "pod", w.pod.Namespace+"/"+w.pod.Name, "container", a.Container, "retry", time.Until(at).Round(time.Millisecond), "error", err)
 	}
@@ -158,6 +162,7 @@ func (w *worker) createSandbox(ctx context.Context, pod *corev1.Pod) func() {
 		}
 		w.box = nil
 		at := w.retries.failed(string(CreateSandbox), firstRetry, retryLimit)
+		w.set.stats.failed.WithLabelValues(string(CreateSandbox)).Inc()
 		w.boxFailure = &Failure{Reason: "FailedCreatePodSandBox", Message: err.Error(), RetryAt: at}
 		s.event(pod, "", corev1.EventTypeWarning, "FailedCreatePodSandBox", "Failed to create pod sandbox: %v", err)
 	}
@@ -176,6 +181,7 @@ func (w *worker) mountVolumes(ctx context.Context, pod *corev1.Pod) func() {
 		}
 		w.volumes.Stale = true
 		at := w.retries.failed(string(MountVolumes), firstRetry, retryLimit)
+		w.set.stats.failed.WithLabelValues(string(MountVolumes)).Inc()
 		w.volumes.Failure = &Failure{Reason: "FailedMount", Message: err.Error(), RetryAt: at}
 		for _, e := range each(err) {
 			w.set.event(pod, "", corev1.EventTypeWarning, "FailedMount", "%v", e)
@@ -226,6 +232,7 @@ func (w *worker) ensureImage(a Action, pod *corev1.Pod) func(ctx context.Context
 // imageFailed says so as kubelet does: first ErrImagePull, then, while it waits, ImagePullBackOff.
 func (w *worker) imageFailed(a Action, c *corev1.Container, err error) {
 	s := w.set
+	w.set.stats.failed.WithLabelValues(string(a.Kind)).Inc()
 	at := w.retries.failed(a.key(), firstPull, pullLimit)
 	f := imageFailure(err, at)
 	w.images[a.Container] = ImageState{Attempt: a.Attempt, Failure: f}

@@ -60,6 +60,10 @@ func (w *worker) wrote(written *corev1.Pod, desired corev1.PodStatus, err error)
 	case err == nil:
 		w.retries.forget(statusKey)
 		w.reported = &desired
+		if !w.born.IsZero() && desired.Phase == corev1.PodRunning {
+			w.set.stats.started.Observe(time.Since(w.born).Seconds())
+			w.born = time.Time{}
+		}
 		w.seen(written)
 	case apierrors.IsNotFound(err):
 		w.retries.failed(statusKey, retryLimit, retryLimit) // the watch will say so too

@@ -13,8 +13,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
@@ -81,6 +83,7 @@ type Config struct {
 	MemoryCapacity int64 // bytes
 	BootID         string
 	Log            *slog.Logger
+	Metrics        prometheus.Registerer // may be nil
 }
 
 // Set is the pods of this node.
@@ -89,6 +92,7 @@ type Set struct {
 	files hostFiles
 	hooks *hooks
 	pulls *pulls
+	stats *metrics
 	ctx   context.Context
 
 	mu      sync.Mutex
@@ -110,6 +114,10 @@ func New(ctx context.Context, cfg Config) (*Set, error) {
 		cfg: cfg, files: hostFiles{dir: cfg.Dir, logs: cfg.LogsDir}, ctx: ctx,
 		hooks: newHooks(cfg.Runtime), pulls: newPulls(ctx, cfg.Images),
 		workers: map[types.UID]*worker{}, found: map[types.UID]*remains{},
+	}
+	var err error
+	if s.stats, err = newMetrics(cfg.Metrics, s.count); err != nil {
+		return nil, err
 	}
 	of := func(uid types.UID) *remains {
 		if s.found[uid] == nil {
@@ -140,6 +148,12 @@ func New(ctx context.Context, cfg Config) (*Set, error) {
 		of(uid).files = true
 	}
 	return s, nil
+}
+
+func (s *Set) count() float64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return float64(len(s.workers))
 }
 
 // Run hands the runtime's news to the workers until the Set's context ends, and then waits for them.
@@ -329,4 +343,30 @@ func (s *Set) Pod(namespace, name string, uid types.UID) (*corev1.Pod, bool) {
 // LogPath is where the log of one attempt of a container is.
 func (s *Set) LogPath(pod *corev1.Pod, container string, attempt int) string {
 	return s.files.log(pod, container, attempt)
+}
+
+// Cleanup removes the logs of the pods that have a directory in podsDir. Call it before that directory is removed.
+func Cleanup(_ context.Context, podsDir, logsDir string) error {
+	pods, err := os.ReadDir(podsDir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("directory of pods: %w", err)
+	}
+	var errs []error
+	for _, p := range pods {
+		logs, err := filepath.Glob(filepath.Join(logsDir, "*_"+p.Name()))
+		errs = append(errs, err)
+		for _, dir := range logs {
+			errs = append(errs, os.RemoveAll(dir))
+		}
+	}
+	if len(pods) > 0 {
+		// The directory is shared with other runtimes: it goes only when it is empty.
+		if err := os.Remove(logsDir); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }

@@ -39,6 +39,7 @@ func (s *Set) sandboxSpec(pod *corev1.Pod) sandbox.Spec {
 	spec := sandbox.Spec{
 		PodUID: pod.UID, Namespace: pod.Namespace, Name: pod.Name,
 		HostNetwork: pod.Spec.HostNetwork, HostIPC: pod.Spec.HostIPC, CgroupParent: cgroupParent(pod),
+		CgroupLimits: podLimits(pod),
 	}
 	if !pod.Spec.HostNetwork {
 		name, domain := hostname(pod, s.cfg.ClusterDomain)
@@ -81,6 +82,10 @@ func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Cont
 	})
 	if err != nil {
 		return runtime.ContainerSpec{}, err
+	}
+	if share := pod.Spec.ShareProcessNamespace; share != nil && *share && !pod.Spec.HostPID {
+		// Running without would be another pod than the one that was asked for.
+		return runtime.ContainerSpec{}, fmt.Errorf("%w: shareProcessNamespace is not supported by this node yet: leave it out, or use hostPID", errConfig)
 	}
 	if err := mayRun(pod, c, img); err != nil {
 		return runtime.ContainerSpec{}, err

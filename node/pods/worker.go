@@ -49,6 +49,7 @@ type worker struct {
 	retries    retries
 	reported   *corev1.PodStatus
 	timers     []*time.Timer
+	born       time.Time // when this agent first saw the pod; zero once its start is measured
 }
 
 // op is an action on its way.
@@ -63,14 +64,14 @@ func newWorker(s *Set, pod *corev1.Pod, r *remains) *worker {
 		set: s, pod: pod, notify: make(chan struct{}, 1), startTime: time.Now(), listed: true,
 		starting: map[string]bool{}, starts: map[string]*Failure{}, images: map[string]ImageState{}, probes: map[string]ProbeState{},
 		messages: map[string]string{}, reasons: map[string]string{}, stopping: map[string]bool{}, waiting: map[string]int{},
-		ops: map[string]*op{}, retries: retries{},
+		ops: map[string]*op{}, retries: retries{}, born: time.Now(),
 	}
 	w.shown.Store(pod)
 	if t := pod.Status.StartTime; t != nil {
 		w.startTime = t.Time
 	}
 	if r != nil {
-		w.containers, w.box = r.containers, r.sandbox
+		w.containers, w.box, w.born = r.containers, r.sandbox, time.Time{}
 		w.volumes.Files = r.files || len(r.containers) > 0
 		w.adopt()
 	}
@@ -329,8 +330,11 @@ func (w *worker) launch(key string, a Action) {
 	ctx, cancel := context.WithCancel(w.set.ctx)
 	w.ops[key] = &op{action: a, cancel: cancel, deadline: time.Now().Add(a.Grace)}
 	do := w.prepare(a)
+	began, name := time.Now(), w.pod.Namespace+"/"+w.pod.Name
 	go func() {
 		apply := do(ctx)
+		w.set.stats.acted(a.Kind, time.Since(began))
+		w.set.cfg.Log.Debug("pod action", "action", a.Kind, "pod", name, "container", a.Container, "took", time.Since(began))
 		w.post(func() {
 			delete(w.ops, key)
 			apply() // which looks at ctx: whether the action was given up

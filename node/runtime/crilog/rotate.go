@@ -19,14 +19,15 @@ const stampLayout = "20060102-150405"
 // rotate renames the current file and starts a new one. The newest rotated file stays as text, so
 // that a reader who follows finds its end; older ones are gzipped, and too old ones removed.
 func (w *Writer) rotate() error {
-	target := ""
-	for stamp := w.now(); ; stamp = stamp.Add(time.Second) {
-		// Two rotations within a second must not overwrite one another.
-		target = w.path + "." + stamp.Format(stampLayout)
-		if !exists(target) && !exists(target+".gz") {
-			break
+	// Later than every other, even when rotations follow one another within a second: order is in the names.
+	stamp := w.now().Truncate(time.Second)
+	if files := Rotated(w.path); len(files) > 0 {
+		newest := strings.TrimSuffix(strings.TrimPrefix(files[len(files)-1], w.path+"."), ".gz")
+		if last, err := time.ParseInLocation(stampLayout, newest, stamp.Location()); err == nil && !stamp.After(last) {
+			stamp = last.Add(time.Second)
 		}
 	}
+	target := w.path + "." + stamp.Format(stampLayout)
 	if err := os.Rename(w.path, target); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -115,9 +116,4 @@ func compress(path string) (err error) {
 		return err
 	}
 	return os.Remove(path)
-}
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
 }

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 
@@ -224,6 +225,50 @@ func TestTwoInOnePod(t *testing.T) {
 	if err != nil || len(list) != 2 || list[1].ID != third || list[1].Attempt != 1 {
 		t.Errorf("pod has %+v, %v", list, err)
 	}
+}
+
+// TestRestartAtOnce starts the next attempt as soon as the last one is known to have ended, when its shim may just
+// be ending too.
+func TestRestartAtOnce(t *testing.T) {
+	n, ctx := newNode(t), context.Background()
+	spec := n.spec("again", "exit", "1")
+	for i := range 15 {
+		spec.Attempt = i
+		id := n.run(spec)
+		c := n.lookup(id)
+		<-c.done
+		if k := n.container(id); k.ExitCode != 1 || k.Attempt != i {
+			t.Fatalf("attempt %d: %+v", i, k)
+		}
+		if err := n.Remove(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestShimKilled: a container whose shim dies is known to have ended, not how.
+func TestShimKilled(t *testing.T) {
+	n := newNode(t)
+	spec := n.spec("orphan")
+	id := n.run(spec)
+	n.logs(spec, "ready")
+	pids, err := shimPids(filepath.Join(n.dir, "run", "containerd"))
+	if err != nil || len(pids) != 1 {
+		t.Fatalf("shims %v, %v", pids, err)
+	}
+	if err := unix.Kill(pids[0], unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if c := n.exited(id); c.Reason != "ContainerStatusUnknown" || c.ExitCode != 137 {
+		t.Errorf("ended with %+v", c)
+	}
+	left, err := cgroup.Processes(n.cgroupRoot())
+	if err != nil || len(left) != 0 {
+		t.Errorf("processes left: %v, %v", left, err)
+	}
+	spec.Attempt, spec.LogPath = 1, spec.LogPath+".1"
+	n.run(spec)
+	n.logs(spec, "ready")
 }
 
 func TestStopStubborn(t *testing.T) {

@@ -32,6 +32,9 @@ const (
 	unknownCode    = 137
 )
 
+// startLimit bounds a start; runc needs a tenth of a second.
+const startLimit = 2 * time.Minute
+
 // killPatience is how long Stop waits after SIGKILL: longer means a process that the kernel cannot end.
 const killPatience = 30 * time.Second
 
@@ -53,12 +56,12 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	if s := c.state(); s.State != Created {
 		return fmt.Errorf("container %s is %s and cannot be started", id, s.State)
 	}
+	// Begun is finished: a start that is broken off would leave a process that nobody knows of.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startLimit)
+	defer cancel()
 	pid, err := r.startTask(ctx, c)
 	if err != nil {
 		message := startMessage(err)
-		if ctx.Err() != nil {
-			return fmt.Errorf("start container %s: %w", c.def.Name, err)
-		}
 		now := time.Now()
 		r.save(c, status{State: Exited, ExitCode: startErrorCode, Reason: "StartError", Message: message, StartedAt: now, FinishedAt: now})
 		close(c.done)
@@ -93,7 +96,9 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 	}
 	started, err := tasks.Start(ctx, &tasksapi.StartRequest{ContainerID: c.id})
 	if err != nil {
-		_, _ = tasks.Delete(context.WithoutCancel(ctx), &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+		end := context.WithoutCancel(ctx)
+		_, _ = tasks.Kill(end, &tasksapi.KillRequest{ContainerID: c.id, Signal: uint32(unix.SIGKILL), All: true})
+		_, _ = tasks.Delete(end, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
 		return 0, fmt.Errorf("failed to start containerd task %q: %w", c.id, errgrpc.ToNative(err))
 	}
 	return started.Pid, nil
@@ -221,10 +226,16 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 	if c == nil {
 		return nil
 	}
-	if err := r.Stop(ctx, id, 0); err != nil {
-		return err
+	for {
+		if err := r.Stop(ctx, id, 0); err != nil {
+			return err
+		}
+		c.op.Lock()
+		if c.state().State != Running {
+			break
+		}
+		c.op.Unlock() // a start was under way
 	}
-	c.op.Lock()
 	defer c.op.Unlock()
 	if err := r.erase(ctx, id); err != nil {
 		return fmt.Errorf("remove container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, err)

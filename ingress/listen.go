@@ -29,9 +29,13 @@ type stallConn struct {
 	net.Conn
 	stall time.Duration
 	until atomic.Int64 // the write deadline in unix nanoseconds
+	owned atomic.Bool  // the caller set a deadline of its own
 }
 
 func (c *stallConn) Write(p []byte) (int, error) {
+	if c.owned.Load() {
+		return c.Conn.Write(p)
+	}
 	now := time.Now()
 	// Timers are not free: a deadline that is at most an eighth short stays as it is.
 	if left := time.Duration(c.until.Load() - now.UnixNano()); left < c.stall-c.stall/8 {
@@ -42,13 +46,16 @@ func (c *stallConn) Write(p []byte) (int, error) {
 	return c.Conn.Write(p)
 }
 
-// SetWriteDeadline gives way to the caller until the next write is due.
+// SetWriteDeadline gives way to the caller (crypto/tls allows its last alert five seconds) until it
+// is set to zero.
 func (c *stallConn) SetWriteDeadline(t time.Time) error {
+	c.owned.Store(!t.IsZero())
 	c.until.Store(0)
 	return c.Conn.SetWriteDeadline(t)
 }
 
 func (c *stallConn) SetDeadline(t time.Time) error {
+	c.owned.Store(!t.IsZero())
 	c.until.Store(0)
 	return c.Conn.SetDeadline(t)
 }

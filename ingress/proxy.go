@@ -195,15 +195,18 @@ func (x *exchange) finish() {
 	if x.p.access == nil {
 		return
 	}
-	ingress := ""
+	ingress, backend := "", ""
 	if x.route != nil {
 		ingress = x.route.Ingress.String()
+	}
+	if x.backend.IsValid() {
+		backend = x.backend.String()
 	}
 	attrs := []slog.Attr{
 		slog.String("client", x.client.String()), slog.String("method", x.r.Method), slog.String("host", x.r.Host),
 		slog.String("target", x.r.RequestURI), slog.String("proto", x.r.Proto), slog.Int("status", x.status),
 		slog.Int64("bytes", x.sent), slog.Duration("took", took), slog.String("ingress", ingress),
-		slog.String("backend", x.backend.String()),
+		slog.String("backend", backend),
 	}
 	if x.why != nil {
 		attrs = append(attrs, slog.Any("err", x.why))

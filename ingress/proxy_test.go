@@ -205,9 +205,10 @@ func TestOwnPages(t *testing.T) {
 	dead.Close()
 	limited := ingress("limited", rule{"limited", "/", false, "app"})
 	limited.Annotations["nginx.ingress.kubernetes.io/proxy-body-size"] = "1k"
-	h := start(t, func(c *Config) { c.Limits.Response = 50 * time.Millisecond },
-		limited, ingress("i", rule{"empty", "/", false, "empty"}, rule{"none", "/", false, "none"}, rule{"dead", "/", false, "dead"},
-			rule{"slow", "/", false, "slow"}, rule{"junk", "/", false, "junk"}, rule{"huge", "/", false, "huge"}, rule{"hangup", "/", false, "hangup"}))
+	slow := ingress("slow", rule{"slow", "/", false, "slow"})
+	slow.Annotations["skep.io/proxy-read-timeout"] = "50ms"
+	h := start(t, nil, limited, slow, ingress("i", rule{"empty", "/", false, "empty"}, rule{"none", "/", false, "none"}, rule{"dead", "/", false, "dead"},
+		rule{"junk", "/", false, "junk"}, rule{"huge", "/", false, "huge"}, rule{"hangup", "/", false, "hangup"}))
 	hold := make(chan struct{})
 	t.Cleanup(func() { close(hold) })
 	h.backends.set("app", app(t, func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))

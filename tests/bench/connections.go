@@ -16,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"skep.io/skep/tests/cluster"
+	"skep.io/skep/tests/tools"
 )
 
 // connectionsSection opens connections from a pod: through a ClusterIP, straight to the other pod,
@@ -130,7 +131,7 @@ func connect(tool func(args ...string) (*exec.Cmd, error), workers int, address 
 	if err != nil {
 		return 0, fmt.Errorf("connect to %s: %w: %s", address, err, &stderr)
 	}
-	var rate cluster.Rate
+	var rate tools.Rate
 	if err := json.Unmarshal(out, &rate); err != nil {
 		return 0, err
 	}

@@ -19,7 +19,8 @@ type Built struct {
 }
 
 // Images that Build makes: scripts call them busybox:1, hello:v1, hello:v2 and hello:v3, too. The
-// hello images are the same program with another greeting each, for rolling updates.
+// hello images are the same program with another greeting each, for rolling updates; client:v1 has
+// package tools as its program `client`, and sleeps.
 const (
 	BusyboxImage = "docker.io/library/busybox:1"
 	HelloImage   = "skep.io/examples/hello:latest"
@@ -51,18 +52,25 @@ func Build(ctx context.Context, dir string) (Built, error) {
 	} else if !filepath.IsAbs(b.Bin) {
 		b.Bin = filepath.Join(root, b.Bin)
 	}
-	image, web := filepath.Join(dir, "image"), filepath.Join(dir, "web")
-	if err := build(image, "./examples/image"); err != nil {
-		return Built{}, err
-	}
-	if err := build(web, "./examples/hello/web"); err != nil {
-		return Built{}, err
+	image, web, client := filepath.Join(dir, "image"), filepath.Join(dir, "web"), filepath.Join(dir, "client")
+	for out, source := range map[string]string{
+		image: "./examples/image", web: "./examples/hello/web", client: "./tests/tools/client",
+	} {
+		if err := build(out, source); err != nil {
+			return Built{}, err
+		}
 	}
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {
 		return Built{}, fmt.Errorf("the test image needs a static busybox: apt-get install busybox-static: %w", err)
 	}
-	commands := [][]string{{image, "--tag", BusyboxImage, "--output", filepath.Join(b.Images, "busybox.tar"), "--busybox", busybox}}
+	commands := [][]string{
+		{image, "--tag", BusyboxImage, "--output", filepath.Join(b.Images, "busybox.tar"), "--busybox", busybox},
+		{
+			image, "--tag", "docker.io/library/client:v1", "--output", filepath.Join(b.Images, "client.tar"), "--busybox", busybox,
+			"--user", "0:0", "--entrypoint", "sleep", "--cmd", "100000", client + ":/bin/client",
+		},
+	}
 	for _, tag := range []string{HelloImage, "docker.io/library/hello:v1", "docker.io/library/hello:v2", "docker.io/library/hello:v3"} {
 		file := strings.NewReplacer("/", "-", ":", "-").Replace(tag) + ".tar"
 		commands = append(commands, []string{

@@ -21,6 +21,7 @@ import (
 
 	"skep.io/skep/tests/cluster"
 	"skep.io/skep/tests/leaks"
+	"skep.io/skep/tests/tools"
 )
 
 func TestMain(m *testing.M) {
@@ -253,7 +254,7 @@ func TestTools(t *testing.T) {
 		t.Fatalf("load said %q, %v", ready, err)
 	}
 	_ = stop.Close()
-	var report cluster.LoadReport
+	var report tools.LoadReport
 	if err := json.NewDecoder(out).Decode(&report); err != nil {
 		t.Fatal(err)
 	}
@@ -310,7 +311,7 @@ func TestLoadNotices(t *testing.T) {
 	// Refused from now on: this dial has the same fate as the load's next one.
 	output(t, n.Tool(ctx, "dial", "-until", "refused", n.Client()[0].String()+":8080"))
 	_ = stop.Close()
-	var report cluster.LoadReport
+	var report tools.LoadReport
 	if err := json.NewDecoder(out).Decode(&report); err != nil {
 		t.Fatal(err)
 	}

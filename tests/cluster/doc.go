@@ -11,23 +11,19 @@ package cluster
 import (
 	"fmt"
 	"os"
+
+	"skep.io/skep/tests/tools"
 )
 
 // helperArg marks a call of the binary to itself; it is no flag that anybody types.
 const helperArg = "skep-cluster-helper"
 
-// helpers is every role such a call can have.
+// helpers are the roles that such a call can have, beside package tools' ones.
 var helpers = map[string]func(args []string) error{
-	"join":    joinMain,    // stage one of a node's init: enter fresh cgroups and namespaces
-	"init":    initMain,    // stage two: mounts, then start and reap what it is told to
-	"enter":   enterMain,   // run one command inside a node
-	"leaks":   leaksMain,   // print what exists in the node, as JSON
-	"http":    httpMain,    // a small client
-	"load":    loadMain,    // requests until told to stop
-	"serve":   serveMain,   // a small server, for what a test wants outside the cluster
-	"dial":    dialMain,    // one connection, and what became of it
-	"connect": connectMain, // connections as fast as can be
-	"first":   firstMain,   // when something first replied
+	"join":  joinMain,  // stage one of a node's init: enter fresh cgroups and namespaces
+	"init":  initMain,  // stage two: mounts, then start and reap what it is told to
+	"enter": enterMain, // run one command inside a node
+	"leaks": leaksMain, // print what exists in the node, as JSON
 }
 
 // Helper runs the role that the command line names and ends the process; it returns at once in
@@ -36,8 +32,11 @@ func Helper() {
 	if len(os.Args) < 3 || os.Args[1] != helperArg {
 		return
 	}
-	run, ok := helpers[os.Args[2]]
-	if !ok {
+	run := helpers[os.Args[2]]
+	if run == nil {
+		run = tools.Tools[os.Args[2]]
+	}
+	if run == nil {
 		fmt.Fprintf(os.Stderr, "unknown helper %q\n", os.Args[2])
 		os.Exit(2)
 	}

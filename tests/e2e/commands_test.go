@@ -19,7 +19,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"skep.io/skep/tests/cluster"
+	"skep.io/skep/tests/tools"
 )
 
 // commands are the verbs of scripts, beside skep, kubectl, node and outside, which are programs:
@@ -292,9 +292,9 @@ func (s *script) podNamespace() string {
 	return s.namespace
 }
 
-func (l *load) stop() (cluster.LoadReport, error) {
+func (l *load) stop() (tools.LoadReport, error) {
 	defer l.cancel()
-	var report cluster.LoadReport
+	var report tools.LoadReport
 	if err := l.stdin.Close(); err != nil {
 		return report, err
 	}

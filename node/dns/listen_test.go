@@ -73,8 +73,15 @@ func TestAddressesAppearLater(t *testing.T) {
 		}
 		for _, network := range []string{"udp", "tcp"} {
 			server := netip.AddrPortFrom(address, 53).String()
-			// Dialled from this thread, which is in the namespace.
-			reply, _, err := (&dns.Client{Net: network, Timeout: 10 * time.Second}).Exchange(newQuestion("db-0.db.default.svc.cluster.local."), server)
+			// Dialled from this thread, which is in the namespace. The kernel takes a new IPv6 address
+			// into use in the background and drops datagrams before: ask again, as resolvers do.
+			var reply *dns.Msg
+			for range 60 {
+				reply, _, err = (&dns.Client{Net: network, Timeout: 500 * time.Millisecond}).Exchange(newQuestion("db-0.db.default.svc.cluster.local."), server)
+				if err == nil {
+					break
+				}
+			}
 			if err != nil || len(reply.Answer) != 1 {
 				t.Errorf("%s by %s: %v, %v", server, network, reply, err)
 			}

@@ -91,7 +91,8 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := m.register(cfg.Metrics, forward); err != nil {
 		return fmt.Errorf("dns: registering metrics: %w", err)
 	}
-	group, ctx := errgroup.WithContext(ctx)
+	process := ctx
+	group, ctx := errgroup.WithContext(process)
 	h := &handler{
 		zone:     &zone{domain: strings.ToLower(dns.Fqdn(cfg.Domain)), table: &table{}},
 		forward:  forward,
@@ -104,7 +105,8 @@ func Run(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("dns: watching services: %w", err)
 	}
-	cfg.Informers.Start(ctx.Done())
+	// The informers are everybody's: they must not end because this part does.
+	cfg.Informers.Start(process.Done())
 	group.Go(func() error { w.run(ctx); return nil })
 	group.Go(func() error { servers.watch(ctx); return nil })
 	for _, server := range sockets.servers(h) {

@@ -79,6 +79,8 @@ func buildGeneric(ctx context.Context, o options.CompletedOptions, loopback *res
 	config.OpenAPIConfig.Info.Title = "Kubernetes"
 	config.OpenAPIV3Config = genericapiserver.DefaultOpenAPIV3Config(definitions, namer)
 	config.OpenAPIV3Config.Info.Title = "Kubernetes"
+	config.OpenAPIConfig.GetOperationIDAndTagsFromRoute = operationID
+	config.OpenAPIV3Config.GetOperationIDAndTagsFromRoute = operationID
 	config.LongRunningFunc = filters.BasicLongRunningRequestCheck(longRunningVerbs, longRunningSubresources)
 
 	if err := g.applyStorage(o); err != nil {

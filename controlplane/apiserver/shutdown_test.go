@@ -157,30 +157,26 @@ func TestStopLeavesNothing(t *testing.T) {
 	}
 }
 
-// settle counts goroutines and descriptors once they are at most the given numbers, or have not
-// changed for a while: those of a stopped server end when their timers say so.
+// settle counts goroutines and descriptors, at the latest when generous is over. With limits it
+// waits until they are kept: a client of upstream's that was told to retry does so for some
+// seconds. Without, until the counts have stood still.
 func settle(t *testing.T, atMostG, atMostF int) (goroutines, fds int) {
 	t.Helper()
 	unchanged := 0
-	for range 200 {
+	for deadline := time.Now().Add(generous); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
 			t.Fatal(err)
 		}
 		g, f := runtime.NumGoroutine(), len(entries)
-		if g <= atMostG && f <= atMostF {
-			return g, f
-		}
-		if g == goroutines && f == fds {
-			unchanged++
-		} else {
+		unchanged++
+		if g != goroutines || f != fds {
 			unchanged = 0
 		}
 		goroutines, fds = g, f
-		if unchanged == 30 {
+		if g <= atMostG && f <= atMostF || atMostG == 0 && unchanged == 40 {
 			break
 		}
-		time.Sleep(50 * time.Millisecond)
 	}
 	return goroutines, fds
 }

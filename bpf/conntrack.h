@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /*
  * Flows. A flow that is not translated has one entry for both directions, as most packets belong to
- * such and most of a connection's cost is making entries; a translated one has an entry for each side
- * of the translation, which also says what its packets become. Either is found with one lookup by the
- * tuple in canonical order. dataplane/conntrack removes what is old; the LRU removes what does not fit.
+ * such and most of a connection's cost is making entries; a translated one has an entry for each
+ * side of the translation, which also says what its packets become. Either is found with one lookup
+ * by the tuple in canonical order. dataplane/conntrack removes what is old; the LRU removes what
+ * does not fit.
  */
 #pragma once
 #include "packet.h"
@@ -25,8 +26,8 @@ struct flow {
 	__u32 service;
 	__u32 flags;
 	__u32 backend;
-	__u32 reversed;	       /* whether .from is the key with its ends exchanged */
-	__u32 ifindex[2];      /* where each direction was seen to come from rightfully, if a pod's */
+	__u32 reversed;	  /* whether .from is the key with its ends exchanged */
+	__u32 ifindex[2]; /* where each direction was seen to come from rightfully, if a pod's */
 };
 
 #define FLOW_REFRESH_NS 1000000000ULL

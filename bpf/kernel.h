@@ -16,21 +16,21 @@ typedef signed long long __s64;
 typedef __u16 __be16;
 typedef __u32 __be32;
 typedef _Bool bool;
-#define true 1
+#define true  1
 #define false 0
 
-#define SEC(name) __attribute__((section(name), used))
+#define SEC(name)	  __attribute__((section(name), used))
 #define __uint(name, val) int(*name)[val]
 #define __type(name, val) typeof(val) *name
-#define __always_inline inline __attribute__((always_inline))
-#define likely(x) __builtin_expect(!!(x), 1)
-#define unlikely(x) __builtin_expect(!!(x), 0)
-#define bpf_htons(x) __builtin_bswap16(x)
-#define bpf_ntohs(x) __builtin_bswap16(x)
-#define bpf_htonl(x) __builtin_bswap32(x)
+#define __always_inline	  inline __attribute__((always_inline))
+#define likely(x)	  __builtin_expect(!!(x), 1)
+#define unlikely(x)	  __builtin_expect(!!(x), 0)
+#define bpf_htons(x)	  __builtin_bswap16(x)
+#define bpf_ntohs(x)	  __builtin_bswap16(x)
+#define bpf_htonl(x)	  __builtin_bswap32(x)
 /* Keeps the compiler from moving memory accesses; every CPU orders its own stores. */
-#define barrier() asm volatile("" ::: "memory")
-#define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+#define barrier()	 asm volatile("" ::: "memory")
+#define READ_ONCE(x)	 (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
 
 enum {
@@ -44,31 +44,31 @@ enum {
 };
 
 #define LIBBPF_PIN_BY_NAME 1
-#define BPF_F_NO_PREALLOC 1U
+#define BPF_F_NO_PREALLOC  1U
 
 enum { BPF_ANY = 0, BPF_NOEXIST = 1 };
 #define BPF_SK_STORAGE_GET_F_CREATE 1ULL
-#define BPF_F_HDR_FIELD_MASK 0xfULL
-#define BPF_F_PSEUDO_HDR (1ULL << 4)
-#define BPF_F_MARK_MANGLED_0 (1ULL << 5)
-#define BPF_F_IPV6 (1ULL << 7) /* since Linux 6.16 */
+#define BPF_F_HDR_FIELD_MASK	    0xfULL
+#define BPF_F_PSEUDO_HDR	    (1ULL << 4)
+#define BPF_F_MARK_MANGLED_0	    (1ULL << 5)
+#define BPF_F_IPV6		    (1ULL << 7) /* since Linux 6.16 */
 
-#define AF_INET 2
-#define AF_INET6 10
-#define IPPROTO_ICMP 1
-#define IPPROTO_TCP 6
-#define IPPROTO_UDP 17
+#define AF_INET	       2
+#define AF_INET6       10
+#define IPPROTO_ICMP   1
+#define IPPROTO_TCP    6
+#define IPPROTO_UDP    17
 #define IPPROTO_ICMPV6 58
-#define IPPROTO_MPTCP 262 /* on the wire it is TCP */
-#define ECONNREFUSED 111
-#define EHOSTUNREACH 113
-#define EEXIST 17
-#define EINVAL 22
+#define IPPROTO_MPTCP  262 /* on the wire it is TCP */
+#define ECONNREFUSED   111
+#define EHOSTUNREACH   113
+#define EEXIST	       17
+#define EINVAL	       22
 
-#define ETH_P_IP 0x0800
-#define ETH_P_ARP 0x0806
+#define ETH_P_IP   0x0800
+#define ETH_P_ARP  0x0806
 #define ETH_P_IPV6 0x86DD
-#define ETH_HLEN 14
+#define ETH_HLEN   14
 
 /* tcx and clsact direct-action share these; UNSPEC lets the next program decide. */
 enum { TC_ACT_UNSPEC = -1, TC_ACT_OK = 0, TC_ACT_SHOT = 2 };
@@ -79,7 +79,7 @@ struct bpf_sock;
 
 struct bpf_sock_addr {
 	__u32 user_family;
-	__u32 user_ip4;    /* network byte order */
+	__u32 user_ip4;	   /* network byte order */
 	__u32 user_ip6[4]; /* network byte order */
 	__u32 user_port;   /* network byte order */
 	__u32 family;

@@ -11,8 +11,8 @@
  * NodePorts, so that they never meet a connection that the node itself opens.
  */
 #define SNAT_PORT_FIRST 1024
-#define SNAT_PORTS (30000 - SNAT_PORT_FIRST)
-#define SNAT_TRIES 16
+#define SNAT_PORTS	(30000 - SNAT_PORT_FIRST)
+#define SNAT_TRIES	16
 
 enum nat {
 	NAT_NONE,	/* not a service, or one without backends: the stack decides */
@@ -33,8 +33,7 @@ static __always_inline bool find_frontend(const struct packet *p, __u8 scope, st
 	key.addr = p->tuple.daddr;
 	if (service_find(&key, svc))
 		return true;
-	if (!in_node_port_range(key.port) ||
-	    !bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
+	if (!in_node_port_range(key.port) || !bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
 		return false;
 	address_wildcard(&key.addr, &p->tuple.daddr);
 	return service_find(&key, svc);

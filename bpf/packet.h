@@ -57,8 +57,8 @@ struct udp_header {
 #define IPV4_SADDR 12
 #define IPV4_CHECK 10
 #define IPV6_SADDR 8
-#define TCP_CHECK 16
-#define UDP_CHECK 6
+#define TCP_CHECK  16
+#define UDP_CHECK  6
 
 static __always_inline enum parsed parse_l4(struct __sk_buff *skb, struct packet *p)
 {
@@ -199,7 +199,8 @@ static __always_inline bool rewrite(struct __sk_buff *skb, struct packet *p, con
 		addresses[0] = to->saddr.w[3];
 		addresses[1] = to->daddr.w[3];
 		if (bpf_l3_csum_replace(skb, ETH_HLEN + IPV4_CHECK, 0, diff, 0) ||
-		    bpf_skb_store_bytes(skb, ETH_HLEN + IPV4_SADDR, addresses, sizeof(addresses), 0))
+		    bpf_skb_store_bytes(skb, ETH_HLEN + IPV4_SADDR, addresses, sizeof(addresses),
+					0))
 			return false;
 	} else if (bpf_skb_store_bytes(skb, ETH_HLEN + IPV6_SADDR, &new[0], 32, 0)) {
 		return false;

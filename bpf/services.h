@@ -34,8 +34,8 @@ enum service_flags {
  */
 struct service {
 	struct service_key key;
-	__u32 id;	   /* of the backend set */
-	__u64 generation;  /* low half: generation, high half: number of slots; swapped as one */
+	__u32 id;	  /* of the backend set */
+	__u64 generation; /* low half: generation, high half: number of slots; swapped as one */
 	__u32 affinity_seconds;
 	__u32 flags;
 };
@@ -183,9 +183,8 @@ static __always_inline const struct backend *backend_random(const struct service
 }
 
 /* Picks for a client, honouring session affinity. Null when the service has no backend. */
-static __always_inline const struct backend *backend_select(const struct service *s,
-							    const struct affinity_key *client,
-							    __u32 *id)
+static __always_inline const struct backend *
+backend_select(const struct service *s, const struct affinity_key *client, __u32 *id)
 {
 	struct affinity fresh = {};
 	const struct backend *b;

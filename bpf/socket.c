@@ -190,12 +190,14 @@ static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool m
 		address_from_v4(&addr, ctx->user_ip4);
 	switch (translate(ctx, &addr, &port)) {
 	case UNTOUCHED:
-		/* A socket that connects anew must not answer with the name of an earlier service. */
+		/* A socket that connects anew must not answer with the name of an earlier service.
+		 */
 		if (!message)
 			bpf_sk_storage_delete(&socket_peers, ctx->sk);
 		return 1;
 	case DEAD:
-		/* The routing table refuses it, too, but its ICMP is rate-limited: clients would wait. */
+		/* The routing table refuses it, too, but its ICMP is rate-limited: clients would
+		 * wait. */
 		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
 		bpf_set_retval(-EHOSTUNREACH);
 		return 0;

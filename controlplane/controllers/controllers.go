@@ -146,6 +146,8 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	group, ctx := errgroup.WithContext(ctx)
 	// Upstream's controllers find their logger here. What they call information is for debugging in skep; their
 	// errors stay errors.
@@ -159,31 +161,19 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 	if err != nil {
 		return err
 	}
-	runs := make([]run, len(entries))
-	for i, entry := range entries {
-		client, config, err := clientFor(cfg, entry.user)
+	var failed error
+	for _, entry := range entries {
+		run, err := entry.prepare(ctx, cfg, broadcaster, metrics, shared)
 		if err != nil {
-			return fmt.Errorf("controller %s: %w", entry.name, err)
+			failed = err
+			cancel()
+			break
 		}
-		runs[i], err = entry.make(ctx, env{cfg: cfg, rest: config, kinds: shared, deps: runner.Deps{
-			Client:    client,
-			Informers: cfg.Informers,
-			Recorder: func(component string) record.EventRecorder {
-				return broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: component})
-			},
-			Log: cfg.Log, Metrics: metrics, Clock: cfg.Clock,
-		}})
-		if err != nil {
-			return fmt.Errorf("controller %s: %w", entry.name, err)
-		}
-	}
-
-	for i, entry := range entries {
-		if runs[i] == nil {
+		if run == nil {
 			continue // has nothing to do with this configuration
 		}
 		group.Go(func() error {
-			err := runs[i](ctx)
+			err := run(ctx)
 			switch {
 			case err != nil:
 				return fmt.Errorf("controller %s: %w", entry.name, err)
@@ -192,12 +182,37 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 			}
 			return nil
 		})
+		// Nobody waits for those further down the list: the first ones are what a node waits for.
+		cfg.Informers.Start(ctx.Done())
 	}
-	cfg.Informers.Start(ctx.Done())
 	if shared != nil {
 		shared.Start(ctx.Done())
 	}
-	return group.Wait()
+	err = group.Wait()
+	if failed != nil {
+		return failed
+	}
+	return err
+}
+
+// prepare makes one controller.
+func (e entry) prepare(ctx context.Context, cfg Config, broadcaster record.EventBroadcaster, metrics *runner.Metrics, shared *kinds) (run, error) {
+	client, config, err := clientFor(cfg, e.user)
+	if err != nil {
+		return nil, fmt.Errorf("controller %s: %w", e.name, err)
+	}
+	made, err := e.make(ctx, env{cfg: cfg, rest: config, kinds: shared, deps: runner.Deps{
+		Client:    client,
+		Informers: cfg.Informers,
+		Recorder: func(component string) record.EventRecorder {
+			return broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: component})
+		},
+		Log: cfg.Log, Metrics: metrics, Clock: cfg.Clock,
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("controller %s: %w", e.name, err)
+	}
+	return made, nil
 }
 
 // clientFor makes a client that acts as user, or the administrator's if user is empty. In-process

@@ -352,3 +352,35 @@ func TestSilentNode(t *testing.T) {
 		return err
 	})
 }
+
+func TestRunSaysWhatIsMissing(t *testing.T) {
+	err := Run(t.Context(), Config{})
+	for _, want := range []string{"Client", "RESTConfig", "Informers", "ClusterCIDRs", "ServiceCIDRs"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v does not name %s", err, want)
+		}
+	}
+}
+
+// When one controller dies, cannot be made, or ends by itself, all end and the error names it.
+func TestDeath(t *testing.T) {
+	patient := entry{"patient", "", func(context.Context, env) (run, error) {
+		return func(ctx context.Context) error { <-ctx.Done(); return nil }, nil
+	}}
+	for what, bad := range map[string]func(context.Context, env) (run, error){
+		"boom": func(context.Context, env) (run, error) {
+			return func(context.Context) error { return fmt.Errorf("boom") }, nil
+		},
+		"cannot be made": func(context.Context, env) (run, error) { return nil, fmt.Errorf("cannot be made") },
+		"nobody stopped": func(context.Context, env) (run, error) {
+			return func(context.Context) error { return nil }, nil
+		},
+	} {
+		client := fake.NewClientset()
+		err := runEntries(t.Context(), Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0)}.withDefaults(),
+			[]entry{patient, {"ill", "", bad}, patient})
+		if err == nil || !strings.Contains(err.Error(), "controller ill") || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: error %v", what, err)
+		}
+	}
+}

@@ -287,7 +287,14 @@ func (c *cluster) checkBootstrap() {
 		_, err = c.client.NetworkingV1().IngressClasses().Get(ctx, api.IngressClassName, metav1.GetOptions{})
 		return err
 	})
-	// Deleted, it comes back with the same addresses.
+	// Deleted, it comes back at once with the same addresses, time and again.
+	for range 10 {
+		c.deleteDNS()
+	}
+}
+
+func (c *cluster) deleteDNS() {
+	c.Helper()
 	if err := c.client.CoreV1().Services("kube-system").Delete(c.Context(), api.DNSServiceName, metav1.DeleteOptions{}); err != nil {
 		c.Fatal(err)
 	}

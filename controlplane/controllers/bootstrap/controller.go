@@ -17,6 +17,9 @@ import (
 	"skep.io/skep/controlplane/controllers/runner"
 )
 
+// leakGrace is how long the API server gets to give an address back; it needs milliseconds.
+const leakGrace = 2 * time.Second
+
 // Keys of the queue.
 const (
 	dnsKey     = "dns-service"
@@ -29,6 +32,8 @@ type Controller struct {
 	queue *runner.Queue
 	dns   *corev1.Service
 	class *networkingv1.IngressClass
+	// heldSince is when an address of a DNS Service that is gone was first seen. Only the sync of dnsKey uses it.
+	heldSince time.Time
 }
 
 // New registers the controller with the shared informers.
@@ -80,6 +85,9 @@ func (c *Controller) ensureDNS(ctx context.Context) error {
 	client := c.Client.CoreV1().Services(c.dns.Namespace)
 	have, err := client.Get(ctx, c.dns.Name, metav1.GetOptions{})
 	if apierrors.IsNotFound(err) {
+		if err := c.freeAddresses(ctx); err != nil {
+			return err
+		}
 		if _, err = client.Create(ctx, c.dns.DeepCopy(), metav1.CreateOptions{}); err != nil {
 			return fmt.Errorf("create DNS service: %w", err)
 		}
@@ -100,6 +108,39 @@ func (c *Controller) ensureDNS(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("repair DNS service: %w", err)
 	}
+	return nil
+}
+
+// freeAddresses returns nil once nothing is left of an earlier DNS Service's addresses. The API server gives a
+// deleted Service's addresses back one after the other, by name, and after its deletion is seen. A creation in
+// between would take the first, fail with the second and keep the first (Kubernetes 1.36, txnAllocClusterIPs), so
+// it waits; what is still there after leakGrace is such a leak, or a crash's, and is deleted.
+func (c *Controller) freeAddresses(ctx context.Context) error {
+	client := c.Client.NetworkingV1().IPAddresses()
+	for _, ip := range c.dns.Spec.ClusterIPs {
+		held, err := client.Get(ctx, ip, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read address %s: %w", ip, err)
+		}
+		if !IsHolder(held, c.dns) {
+			return fmt.Errorf("address %s, which DNS needs, is held by another object: delete it: %+v", ip, held.Spec.ParentRef)
+		}
+		if c.heldSince.IsZero() {
+			c.heldSince = c.Clock.Now()
+		}
+		if c.Clock.Since(c.heldSince) < leakGrace {
+			return fmt.Errorf("address %s is not free yet: %w", ip, runner.ErrStaleCache)
+		}
+		c.Log.Warn("freeing an address that nothing uses", "address", ip)
+		err = client.Delete(ctx, ip, metav1.DeleteOptions{Preconditions: metav1.NewUIDPreconditions(string(held.UID))})
+		if err != nil && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("free address %s: %w", ip, err)
+		}
+	}
+	c.heldSince = time.Time{}
 	return nil
 }
 

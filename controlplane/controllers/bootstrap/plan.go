@@ -124,6 +124,12 @@ func RepairIngressClass(have, want *networkingv1.IngressClass) (*networkingv1.In
 	return have, Keep
 }
 
+// IsHolder tells whether a Service address belongs to a Service, by name.
+func IsHolder(address *networkingv1.IPAddress, service *corev1.Service) bool {
+	ref := address.Spec.ParentRef
+	return ref != nil && ref.Group == "" && ref.Resource == "services" && ref.Namespace == service.Namespace && ref.Name == service.Name
+}
+
 func merge(have, want map[string]string) map[string]string {
 	merged := maps.Clone(have)
 	if merged == nil {

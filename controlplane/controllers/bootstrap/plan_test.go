@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 )
 
 func TestDNSAddress(t *testing.T) {
@@ -104,5 +105,23 @@ func TestRepairIngressClass(t *testing.T) {
 	have.Spec.Controller = "other"
 	if _, repair := RepairIngressClass(have, want); repair != Replace {
 		t.Errorf("repair %v", repair)
+	}
+}
+
+func TestIsHolder(t *testing.T) {
+	service := &corev1.Service{}
+	service.Namespace, service.Name = "kube-system", "kube-dns"
+	for _, tt := range []struct {
+		ref  *networkingv1.ParentReference
+		want bool
+	}{
+		{nil, false},
+		{&networkingv1.ParentReference{Resource: "services", Namespace: "kube-system", Name: "kube-dns"}, true},
+		{&networkingv1.ParentReference{Resource: "services", Namespace: "default", Name: "kube-dns"}, false},
+		{&networkingv1.ParentReference{Group: "x", Resource: "services", Namespace: "kube-system", Name: "kube-dns"}, false},
+	} {
+		if got := IsHolder(&networkingv1.IPAddress{Spec: networkingv1.IPAddressSpec{ParentRef: tt.ref}}, service); got != tt.want {
+			t.Errorf("%+v: %v", tt.ref, got)
+		}
 	}
 }

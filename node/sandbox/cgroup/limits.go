@@ -27,7 +27,7 @@ func Set(group string, l Limits) error {
 	}
 	for _, h := range all {
 		for _, w := range l.writes(h) {
-			if err := os.WriteFile(filepath.Join(h.Path(group), w.file), []byte(w.value), 0); err != nil {
+			if err := put(filepath.Join(h.Path(group), w.file), w.value); err != nil {
 				if h.Unified && errors.Is(err, os.ErrNotExist) {
 					continue // the controller is not on in this tree: a hybrid host, or not delegated
 				}
@@ -36,6 +36,16 @@ func Set(group string, l Limits) error {
 		}
 	}
 	return nil
+}
+
+// put writes to a file that must exist: cgroupfs answers a try to create one with "permission denied".
+func put(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
 }
 
 type write struct{ file, value string }

@@ -116,7 +116,7 @@ func refuseForeign(dataDir string) error {
 
 // removeFiles deletes what is on disk. It empties directories that are mount points themselves.
 func removeFiles(dataDir string) error {
-	errs := []error{emptyAndRemove(dataDir), emptyAndRemove(api.RunDir), os.RemoveAll(api.KubeconfigPath)}
+	errs := []error{emptyAndRemove(dataDir), emptyAndRemove(api.RunDir), os.RemoveAll(api.KubeconfigPath), removePodLogs()}
 	// The directory goes only if nothing of the administrator's is left in it.
 	if err := os.Remove(api.ConfigDir); err != nil && !errors.Is(err, os.ErrNotExist) && !isNotEmptyOrBusy(err) {
 		errs = append(errs, err)
@@ -134,6 +134,22 @@ func emptyAndRemove(dir string) error {
 		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
 	}
 	if err := os.Remove(dir); err != nil && !isNotEmptyOrBusy(err) {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// podLogs matches the directories of pods' logs, NAMESPACE_NAME_UID: whatever else somebody keeps
+// beside them stays.
+const podLogs = "*_*_????????-????-????-????-????????????"
+
+func removePodLogs() error {
+	dirs, err := filepath.Glob(filepath.Join(api.PodLogsDir, podLogs))
+	errs := []error{err}
+	for _, dir := range dirs {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	if err := os.Remove(api.PodLogsDir); err != nil && !errors.Is(err, os.ErrNotExist) && !isNotEmptyOrBusy(err) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

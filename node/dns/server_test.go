@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -399,9 +400,9 @@ func TestUpstreamsFollowResolvConf(t *testing.T) {
 
 // Another server forwards our questions back to us: they fail, and do not multiply.
 func TestLoopThroughAnother(t *testing.T) {
-	var back string
+	var back atomic.Value
 	relay := startUpstream(t, func(w dns.ResponseWriter, m *dns.Msg) {
-		reply, _, err := (&dns.Client{Timeout: 20 * time.Second}).Exchange(m, back)
+		reply, _, err := (&dns.Client{Timeout: 20 * time.Second}).Exchange(m, back.Load().(string))
 		if err != nil {
 			reply = new(dns.Msg).SetRcode(m, dns.RcodeServerFailure)
 		}
@@ -412,7 +413,7 @@ func TestLoopThroughAnother(t *testing.T) {
 		c.Upstreams = []string{relay.address}
 		told := c.Listening
 		c.Listening = func(a []netip.AddrPort) {
-			back = a[0].String()
+			back.Store(a[0].String())
 			close(listening)
 			told(a)
 		}

@@ -48,6 +48,7 @@ func TestAPI(t *testing.T) {
 		"InProcessClients": testInProcessClients,
 		"Webhook":          testWebhook,
 		"FrontProxy":       testFrontProxy,
+		"Rotation":         testRotation,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, s) })
 	}

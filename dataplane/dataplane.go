@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
@@ -49,6 +50,7 @@ type Dataplane struct {
 	maps       *maps.Maps
 	services   *services.Controller
 	collectors []prometheus.Collector
+	flows      atomic.Int64 // tracked at the last collection
 
 	mu       sync.Mutex // of all below, and of everything that changes links or the network
 	podCIDRs []netip.Prefix
@@ -132,11 +134,15 @@ func (d *Dataplane) register(context.Context) error {
 	if d.cfg.Metrics == nil {
 		return nil
 	}
-	c := flows.NewCollector(d.maps.Counters)
-	if err := d.cfg.Metrics.Register(c); err != nil {
-		return fmt.Errorf("metrics: %w", err)
+	tracked := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "skep_dataplane_flows", Help: "Flows tracked when last collected.",
+	}, func() float64 { return float64(d.flows.Load()) })
+	for _, c := range []prometheus.Collector{flows.NewCollector(d.maps.Counters), tracked} {
+		if err := d.cfg.Metrics.Register(c); err != nil {
+			return fmt.Errorf("metrics: %w", err)
+		}
+		d.collectors = append(d.collectors, c)
 	}
-	d.collectors = append(d.collectors, c)
 	return nil
 }
 
@@ -148,7 +154,10 @@ func (d *Dataplane) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 
-	gc := &conntrack.Collector{Table: d.loader, Lifetimes: conntrack.Defaults, Log: d.cfg.Log}
+	gc := &conntrack.Collector{
+		Table: d.loader, Lifetimes: conntrack.Defaults, Log: d.cfg.Log,
+		Observe: func(flows, removed int) { d.flows.Store(int64(flows - removed)) },
+	}
 	wg.Go(func() { gc.Run(ctx) })
 	e := d.subscribe(ctx)
 	wg.Go(func() { d.watchNode(ctx, e) })

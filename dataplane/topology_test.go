@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
@@ -140,8 +141,9 @@ func newNode(t testing.TB) *testNode {
 	n.cfg = Config{
 		NodeName: "node-1", NodeIPs: []netip.Addr{nodeV4, nodeV6}, ClusterCIDRs: clusterCIDRs, ServiceCIDRs: serviceCIDRs,
 		ClusterDNS: []netip.Addr{dnsV4, dnsV6}, CgroupPath: os.Getenv(inside),
-		BPFDir: filepath.Join("/sys/fs/bpf", fmt.Sprintf("skep-%d", time.Now().UnixNano())),
-		Log:    slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn})),
+		BPFDir:  filepath.Join("/sys/fs/bpf", fmt.Sprintf("skep-%d", time.Now().UnixNano())),
+		Metrics: prometheus.NewRegistry(),
+		Log:     slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	}
 	n.start()
 	t.Cleanup(func() {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +30,7 @@ import (
 	clienttesting "k8s.io/client-go/testing"
 
 	"skep.io/skep/controlplane/controllers/nodelifecycle"
+	"skep.io/skep/controlplane/controllers/podgc"
 )
 
 // fakeCluster is skep's own controllers against client-go's object tracker, which knows neither names nor
@@ -42,12 +44,13 @@ type fakeCluster struct {
 	// watched are kinds whose watch is open: what is created between list and watch is lost to a fake.
 	watched sync.Map
 	metrics *prometheus.Registry
+	fake    *fake.Clientset
 }
 
-func newFakeCluster(t *testing.T, timing nodelifecycle.Timing, objects ...runtime.Object) *fakeCluster {
+func newFakeCluster(t *testing.T, entries []entry, timing nodelifecycle.Timing, objects ...runtime.Object) *fakeCluster {
 	t.Helper()
 	client := fake.NewClientset(objects...)
-	f := &fakeCluster{cluster: &cluster{T: t, client: client}, metrics: prometheus.NewRegistry()}
+	f := &fakeCluster{cluster: &cluster{T: t, client: client}, metrics: prometheus.NewRegistry(), fake: client}
 	var serial atomic.Int64
 	identify := func(action clienttesting.Action) (bool, runtime.Object, error) {
 		create, ok := action.(clienttesting.CreateAction)
@@ -95,7 +98,7 @@ func newFakeCluster(t *testing.T, timing nodelifecycle.Timing, objects ...runtim
 		Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler), Metrics: f.metrics, NodeTiming: timing,
 		ClusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, ServiceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")},
 	}.withDefaults()
-	go func() { done <- runEntries(ctx, cfg, own()) }()
+	go func() { done <- runEntries(ctx, cfg, entries) }()
 	t.Cleanup(func() {
 		stop()
 		if err := <-done; err != nil {
@@ -103,7 +106,11 @@ func newFakeCluster(t *testing.T, timing nodelifecycle.Timing, objects ...runtim
 		}
 	})
 	f.eventually("watches to open", func(context.Context) error {
-		for _, kind := range []string{"pods", "replicasets", "deployments", "services", "nodes", "endpointslices", "leases"} {
+		kinds := []string{"pods", "nodes"}
+		if len(entries) > 1 {
+			kinds = append(kinds, "replicasets", "deployments", "services", "endpointslices", "leases")
+		}
+		for _, kind := range kinds {
 			if _, ok := f.watched.Load(kind); !ok {
 				return fmt.Errorf("nobody watches %s", kind)
 			}
@@ -143,7 +150,7 @@ func (f *fakeCluster) pods() []corev1.Pod {
 
 // A ReplicaSet that is looked at again and again, while the cache has not seen its pods yet, creates none twice.
 func TestNoPodTwiceWhileTheCacheIsBehind(t *testing.T) {
-	f := newFakeCluster(t, nodelifecycle.DefaultTiming)
+	f := newFakeCluster(t, own(), nodelifecycle.DefaultTiming)
 	ctx := t.Context()
 	f.podEvents.Lock()
 	replicas := int32(5)
@@ -264,7 +271,7 @@ func TestSilentNode(t *testing.T) {
 			Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(80)}},
 		},
 	}
-	f := newFakeCluster(t, nodelifecycle.Timing{Grace: time.Second, StartupGrace: time.Second}, node("silent"), node("lively"), pod, service)
+	f := newFakeCluster(t, own(), nodelifecycle.Timing{Grace: time.Second, StartupGrace: time.Second}, node("silent"), node("lively"), pod, service)
 	ctx := t.Context()
 
 	// The other node renews its lease all the time, from another goroutine than the test's.
@@ -382,5 +389,54 @@ func TestDeath(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), "controller ill") || !strings.Contains(err.Error(), what) {
 			t.Errorf("%s: error %v", what, err)
 		}
+	}
+}
+
+// Pods whose node is gone are marked failed and deleted after the quarantine; so are ended ones beyond the number.
+func TestGarbage(t *testing.T) {
+	pod := func(name, node string, phase corev1.PodPhase, age time.Duration) *corev1.Pod {
+		return &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name, UID: types.UID(name), CreationTimestamp: metav1.NewTime(time.Now().Add(-age))},
+			Spec:       corev1.PodSpec{NodeName: node}, Status: corev1.PodStatus{Phase: phase},
+		}
+	}
+	var failed sync.Map
+	entries := []entry{{"podgc", "", func(_ context.Context, e env) (run, error) {
+		return started(podgc.New(e.deps, 1, 100*time.Millisecond))
+	}}}
+	f := newFakeCluster(t, entries, nodelifecycle.DefaultTiming,
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}}, &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n2"}},
+		pod("stays", "n1", corev1.PodRunning, time.Hour), pod("goes", "n2", corev1.PodRunning, time.Hour),
+		pod("old", "n1", corev1.PodSucceeded, time.Hour), pod("new", "n1", corev1.PodFailed, time.Minute))
+	f.fake.PrependReactor("patch", "pods", func(action clienttesting.Action) (bool, runtime.Object, error) {
+		if patch, ok := action.(clienttesting.PatchAction); ok && patch.GetSubresource() == "status" {
+			failed.Store(patch.GetName(), string(patch.GetPatch()))
+		}
+		return false, nil, nil
+	})
+	names := func() string {
+		var names []string
+		for _, p := range f.pods() {
+			names = append(names, p.Name)
+		}
+		slices.Sort(names)
+		return strings.Join(names, " ")
+	}
+	wait := func(want string) {
+		f.eventually(want, func(context.Context) error {
+			if got := names(); got != want {
+				return fmt.Errorf("pods %s", got)
+			}
+			return nil
+		})
+	}
+	wait("goes new stays")
+	if err := f.client.CoreV1().Nodes().Delete(t.Context(), "n2", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	wait("new stays")
+	patch, _ := failed.Load("goes")
+	if text, _ := patch.(string); !strings.Contains(text, `"phase":"Failed"`) || !strings.Contains(text, "DeletionByPodGC") {
+		t.Errorf("status patch %v", patch)
 	}
 }

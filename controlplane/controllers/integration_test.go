@@ -263,6 +263,18 @@ func TestCluster(t *testing.T) {
 	c.deleteOnePod(ns)
 	c.waitSlices(ns, 5)
 
+	if err := c.client.AppsV1().Deployments(ns).Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.eventually("what the deployment owned to go", func(ctx context.Context) error {
+		pods, err := c.client.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{})
+		if err == nil && len(pods.Items) > 0 {
+			return fmt.Errorf("%d pods are left", len(pods.Items))
+		}
+		return err
+	})
+	c.waitSlices(ns, 0)
+
 	if err := c.client.CoreV1().Namespaces().Delete(ctx, ns, metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -404,7 +416,10 @@ func (c *cluster) waitSlices(ns string, want int) {
 		if err != nil {
 			return err
 		}
-		if len(endpoints.Subsets) != 1 || len(endpoints.Subsets[0].Addresses) != want {
+		if want > 0 && len(endpoints.Subsets) != 1 || want == 0 && len(endpoints.Subsets) != 0 {
+			return fmt.Errorf("legacy endpoints %v", endpoints.Subsets)
+		}
+		if want > 0 && len(endpoints.Subsets[0].Addresses) != want {
 			return fmt.Errorf("legacy endpoints %v", endpoints.Subsets)
 		}
 		return nil

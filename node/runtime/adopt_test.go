@@ -21,24 +21,7 @@ import (
 // with another: no line of their logs is missing, stdin is still open, and what ended meanwhile is known.
 func TestKillAndAdopt(t *testing.T) {
 	n, ctx := emptyNode(t), context.Background()
-	cmd := exec.Command("/proc/self/exe", "-test.run=^$")
-	cmd.Env = append(os.Environ(), agentEnv+"="+n.dir)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil || line != "started\n" {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-		t.Fatalf("agent said %q, %v", line, err)
-	}
-	_ = cmd.Process.Kill()
-	_ = cmd.Wait()
+	n.killedAgent()
 
 	logPath := filepath.Join(n.dir, "logs", "tick.log")
 	before := strings.Count(readLog(t, logPath, ""), "\n")
@@ -121,6 +104,30 @@ func TestKillAndAdopt(t *testing.T) {
 			}
 		}
 	}
+}
+
+// killedAgent starts containers in another process and kills that.
+func (n *node) killedAgent() {
+	t := n.t
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe", "-test.run=^$")
+	cmd.Env = append(os.Environ(), agentEnv+"="+n.dir)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil || line != "started\n" {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		t.Fatalf("agent said %q, %v", line, err)
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
 }
 
 // initPid finds the process of the container with the given argument, by its command line.

@@ -140,8 +140,7 @@ func (logHook) Levels() []logrus.Level { return logrus.AllLevels }
 func (h logHook) Fire(e *logrus.Entry) error {
 	level := slog.LevelDebug
 	switch {
-	case e.Message == "copy shim log":
-		// What containerd says whenever a shim has ended.
+	case quiet(e.Message):
 	case e.Level <= logrus.ErrorLevel:
 		level = slog.LevelError
 	case e.Level == logrus.WarnLevel:
@@ -160,4 +159,14 @@ func (h logHook) Fire(e *logrus.Entry) error {
 	}
 	h.l.LogAttrs(ctx, level, e.Message, attrs...)
 	return nil
+}
+
+// quiet are messages about what is ordinary here: a shim that has ended, and the clean-up after a container that
+// could not be started, which has its own event.
+func quiet(message string) bool {
+	switch message {
+	case "copy shim log", "failed to delete task", "warnings while cleaning up dead shim", "failed check for fsverity support":
+		return true
+	}
+	return false
 }

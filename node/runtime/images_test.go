@@ -141,29 +141,20 @@ func TestImages(t *testing.T) {
 	}
 }
 
-// TestReset: Cleanup takes running containers away without a Runtime.
-func resetSandboxes(n *node) error {
-	return sandbox.Cleanup(context.Background(), filepath.Join(n.dir, "run"), n.cgroupRoot())
-}
-
+// TestReset: Cleanup takes running containers away without a Runtime. What is left of them, newNode's clean-up finds.
 func TestReset(t *testing.T) {
-	n, ctx := newNode(t), context.Background()
-	n.run(n.spec("one"))
-	second := n.spec("one", "stubborn")
-	second.Name, second.LogPath = "second", filepath.Join(n.dir, "second.log")
-	n.run(second)
-	if err := n.Runtime.Close(); err != nil {
-		t.Fatal(err)
-	}
-	n.Runtime, n.sandboxes = nil, nil
-	// The rest is newNode's clean-up: Cleanup of both packages, and nothing may be left.
+	n, ctx := emptyNode(t), context.Background()
+	n.killedAgent()
 	data, run := filepath.Join(n.dir, "data"), filepath.Join(n.dir, "run")
 	for range 2 {
 		if err := Cleanup(ctx, data, run); err != nil {
 			t.Fatal(err)
 		}
+		if err := sandbox.Cleanup(ctx, run, n.cgroupRoot()); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if err := resetSandboxes(n); err != nil {
-		t.Fatal(err)
+	if left := processes(n.dir); len(left) != 0 {
+		t.Errorf("shims left: %v", left)
 	}
 }

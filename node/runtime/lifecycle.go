@@ -91,7 +91,14 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 		request.Rootfs = append(request.Rootfs, &containerdtypes.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
 	}
 	tasks := r.client.TaskService()
-	if _, err := tasks.Create(ctx, request); err != nil {
+	for try := 0; ; try++ {
+		_, err := tasks.Create(ctx, request)
+		if err == nil {
+			break
+		}
+		if try < shimTries && shimEnding(err) {
+			continue
+		}
 		return 0, fmt.Errorf("failed to create containerd task: %w", errgrpc.ToNative(err))
 	}
 	started, err := tasks.Start(ctx, &tasksapi.StartRequest{ContainerID: c.id})
@@ -102,6 +109,15 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 		return 0, fmt.Errorf("failed to start containerd task %q: %w", c.id, errgrpc.ToNative(err))
 	}
 	return started.Pid, nil
+}
+
+// shimTries is how often a start finds the pod's shim on its way out before that is an error.
+const shimTries = 3
+
+// shimEnding says whether a task was not created because the pod's shim, whose last container had ended, was just
+// ending too.
+func shimEnding(err error) bool {
+	return errdefs.IsUnavailable(errgrpc.ToNative(err)) || strings.Contains(err.Error(), "ttrpc: closed")
 }
 
 // startMessage is the error as users of Kubernetes know it.

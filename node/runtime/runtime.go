@@ -154,7 +154,8 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	return r, nil
 }
 
-// Close ends this process's part. Containers go on running, with their logs.
+// Close ends this process's part. Containers go on running, with their logs. The embedded containerd keeps its
+// connections to shims until the process ends, so another Runtime for the same directories belongs into another process.
 func (r *Runtime) Close() error {
 	r.cancel()
 	r.wg.Wait()

@@ -45,7 +45,7 @@ func TestRefused(t *testing.T) {
 				eventually(t, to.String(), func() error {
 					_, _, err := ask(from, network, to)
 					if !errors.Is(err, syscall.ECONNREFUSED) {
-						return fmt.Errorf("%s %s: got %v, want connection refused", network, to, err)
+						return fmt.Errorf("%s %s: got %w, want connection refused", network, to, err)
 					}
 					return nil
 				})
@@ -61,7 +61,7 @@ func TestRefused(t *testing.T) {
 		defer p.Close()
 		_, err = p.WriteTo([]byte("x"), net.UDPAddrFromAddrPort(empty.v4))
 		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return fmt.Errorf("sendmsg: got %v, want connection refused", err)
+			return fmt.Errorf("sendmsg: got %w, want connection refused", err)
 		}
 		return nil
 	})
@@ -318,7 +318,7 @@ func TestUDPSticksAndMoves(t *testing.T) {
 		}
 		for range 50 {
 			if again, err := send(); err != nil || again != first {
-				return fmt.Errorf("went from %s to %s (%v)", first, again, err)
+				return fmt.Errorf("went from %s to %s (%w)", first, again, err)
 			}
 		}
 		other := map[string]*testPod{"b": c, "c": b}[first]
@@ -400,7 +400,6 @@ func TestNodeLocalDNS(t *testing.T) {
 	n := newNode(t)
 	a := n.pod("a")
 	for _, ip := range []netip.Addr{dnsV4, dnsV6} {
-		ip := ip
 		l, err := net.ListenPacket("udp", netip.AddrPortFrom(ip, 53).String())
 		if err != nil {
 			t.Fatal(err)
@@ -478,7 +477,7 @@ func TestIngress(t *testing.T) {
 	l.Close()
 	eventually(t, "after close", func() error {
 		if _, _, err := ask(0, "tcp", netip.AddrPortFrom(nodeV4, 80)); !errors.Is(err, syscall.ECONNREFUSED) {
-			return fmt.Errorf("got %v, want connection refused", err)
+			return fmt.Errorf("got %w, want connection refused", err)
 		}
 		return nil
 	})

@@ -4,6 +4,7 @@ package dataplane
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -63,7 +64,8 @@ func again() (int, error) {
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: fd, Pdeathsig: syscall.SIGKILL,
 	}
 	err = cmd.Run()
-	if _, ok := err.(*exec.ExitError); ok {
+	var failed *exec.ExitError
+	if errors.As(err, &failed) {
 		return cmd.ProcessState.ExitCode(), nil
 	}
 	return 0, err

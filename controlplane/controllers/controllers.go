@@ -189,6 +189,9 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 		shared.Start(ctx.Done())
 	}
 	err = group.Wait()
+	if shared != nil {
+		shared.metadata.Shutdown()
+	}
 	if failed != nil {
 		return failed
 	}

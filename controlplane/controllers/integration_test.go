@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -42,7 +43,26 @@ const generous = 90 * time.Second
 type cluster struct {
 	*testing.T
 	client kubernetes.Interface
+	// before is the live heap and the goroutines without the controllers.
+	before usage
 }
+
+type usage struct {
+	heap       int64 // bytes
+	goroutines int
+}
+
+func measure() usage {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return usage{int64(m.HeapAlloc), runtime.NumGoroutine()}
+}
+
+// heapBudget is what all controllers together may keep of an empty cluster, about twice what they do. Most of it
+// belongs to informers, and to their watches on the server's side, which run in this process too.
+const heapBudget = 16 << 20
 
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
@@ -97,6 +117,7 @@ func newCluster(t *testing.T) *cluster {
 		t.Fatal(err)
 	}
 	c := &cluster{T: t, client: kubernetes.NewForConfigOrDie(unlimited(server.ClientConfig("test-admin", "system:masters")))}
+	c.before = measure()
 	ctx, stop := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
@@ -228,6 +249,7 @@ func TestCluster(t *testing.T) {
 	c := newCluster(t)
 	t.Run("bootstrap", func(*testing.T) { c.checkBootstrap() })
 	c.addNode("n1")
+	c.checkBudget()
 	c.kubelet("n1")
 
 	const ns = "shop"
@@ -285,6 +307,16 @@ func TestCluster(t *testing.T) {
 		}
 		return fmt.Errorf("namespace is still there: %v %v", got.Status, err)
 	})
+}
+
+func (c *cluster) checkBudget() {
+	c.Helper()
+	now := measure()
+	grown := usage{now.heap - c.before.heap, now.goroutines - c.before.goroutines}
+	c.Logf("controllers keep %.1f MB and %d goroutines", float64(grown.heap)/(1<<20), grown.goroutines)
+	if grown.heap > heapBudget {
+		c.Errorf("controllers keep %d MB of live heap, the budget is %d", grown.heap>>20, heapBudget>>20)
+	}
 }
 
 func (c *cluster) checkBootstrap() {

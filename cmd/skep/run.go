@@ -57,6 +57,9 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	defer release()
 
 	started := time.Now()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	authority, err := pki.Open(filepath.Join(s.dataDir, "server", "tls"))
 	if err != nil {
 		return err
@@ -201,10 +204,9 @@ func (p *process) announce(ctx context.Context, started time.Time) error {
 	}
 	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))
 
-	// The informers' first lists and OpenAPI leave garbage that the runtime would keep for minutes.
 	select {
-	case <-time.After(10 * time.Second):
-		debug.FreeOSMemory()
+	case <-time.After(10 * time.Second): // nothing says when the last informer has read its first list
+		giveBackMemory(p.log)
 	case <-ctx.Done():
 	}
 	return nil

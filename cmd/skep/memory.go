@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// gcPercent trades a little processor time for memory: most of the heap are caches of objects that
+// hardly change, so collections are rare and the head-room of the default would stay unused.
+const gcPercent = 50
+
+// giveBackMemory returns what only starting needed: the garbage of first lists and of OpenAPI, and
+// the pages of the binary that hold initialisation code and tables.
+func giveBackMemory(log *slog.Logger) {
+	debug.FreeOSMemory()
+	if err := dropBinaryPages(); err != nil {
+		log.Debug("the binary's pages stay resident", "error", err)
+	}
+}
+
+// dropBinaryPages unmaps the read-only pages of the executable. They stay in the page cache, and
+// the next use of one maps it again: after a start that is a third of them (madvise(2),
+// MADV_DONTNEED on a private file mapping).
+func dropBinaryPages() error {
+	f, err := os.Open("/proc/self/maps")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	ranges, err := readOnlyMappings(f, exe)
+	if err != nil {
+		return err
+	}
+	for _, r := range ranges {
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, r.start, r.end-r.start, unix.MADV_DONTNEED); errno != 0 {
+			return fmt.Errorf("madvise: %w", errno)
+		}
+	}
+	return nil
+}
+
+type addressRange struct{ start, end uintptr }
+
+// readOnlyMappings finds, in the format of /proc/PID/maps, the mappings of file that cannot have
+// been written to: dropping one that was would lose data.
+func readOnlyMappings(maps io.Reader, file string) ([]addressRange, error) {
+	var ranges []addressRange
+	lines := bufio.NewScanner(maps)
+	for lines.Scan() {
+		fields := strings.Fields(lines.Text())
+		if len(fields) < 6 || strings.Join(fields[5:], " ") != file || strings.Contains(fields[1], "w") || !strings.HasSuffix(fields[1], "p") {
+			continue
+		}
+		from, to, _ := strings.Cut(fields[0], "-")
+		start, err := strconv.ParseUint(from, 16, 64)
+		if err != nil {
+			return nil, fmt.Errorf("line %q: %w", lines.Text(), err)
+		}
+		end, err := strconv.ParseUint(to, 16, 64)
+		if err != nil || end <= start {
+			return nil, fmt.Errorf("line %q: not a range", lines.Text())
+		}
+		ranges = append(ranges, addressRange{uintptr(start), uintptr(end)})
+	}
+	return ranges, lines.Err()
+}

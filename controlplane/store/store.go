@@ -4,7 +4,9 @@ package store
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"expvar"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -99,6 +101,8 @@ func (s *Store) start(ctx context.Context, dir string, log *slog.Logger) error {
 		return err
 	}
 
+	starting.Lock()
+	defer starting.Unlock()
 	cfg := etcdConfig(dir)
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newLogger(log, s.failure))
 	started := make(chan error, 1)
@@ -129,8 +133,9 @@ func (s *Store) start(ctx context.Context, dir string, log *slog.Logger) error {
 }
 
 // campaign makes the only member leader without waiting for an election timeout, by the message
-// with which a leader hands over to a follower (Raft thesis, section 3.10). Raft ignores it until
-// the log's configuration entries are applied, and once there is a leader.
+// with which a leader hands over to a follower (Raft thesis, section 3.10). It is sent only when
+// raft has nothing left to apply: on that message raft looks through its unapplied entries, and
+// panics when etcd has meanwhile dropped them from memory.
 func (s *Store) campaign(ctx context.Context) error {
 	server := s.etcd.Server
 	self := uint64(server.MemberID())
@@ -146,7 +151,7 @@ func (s *Store) campaign(ctx context.Context) error {
 			s.etcd.Close()
 			return ctx.Err()
 		case <-tick.C:
-			if uint64(server.Leader()) != 0 {
+			if uint64(server.Leader()) != 0 || !raftHasApplied() {
 				continue
 			}
 			if err := server.Process(ctx, raftpb.Message{Type: raftpb.MsgTimeoutNow, From: self, To: self}); err != nil {
@@ -154,6 +159,23 @@ func (s *Store) campaign(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// starting serialises starts: raftHasApplied asks the member that was started last.
+var starting sync.Mutex
+
+// raftHasApplied says whether raft itself, not only etcd behind it, is done with every committed
+// entry. etcd tells raft's state nowhere but in this variable.
+func raftHasApplied() bool {
+	v := expvar.Get("raft.status")
+	if v == nil {
+		return false // the election timeout will do
+	}
+	var status struct{ Commit, Applied uint64 }
+	if err := json.Unmarshal([]byte(v.String()), &status); err != nil {
+		return false
+	}
+	return status.Commit > 0 && status.Applied == status.Commit
 }
 
 // etcdConfig is a single member that nobody can reach.

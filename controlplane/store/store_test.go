@@ -455,3 +455,21 @@ func TestDefragmentGivesSpaceBack(t *testing.T) {
 		t.Error("value is lost")
 	}
 }
+
+// A log longer than what etcd keeps in memory is replayed while the member campaigns.
+func TestRestartWithALongLog(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	for i := range 350 {
+		put(t, s, fmt.Sprint("k", i), "v")
+	}
+	for range 10 {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = open(t, dir)
+		if get(t, s, "k349") != "v" {
+			t.Fatal("lost")
+		}
+	}
+}

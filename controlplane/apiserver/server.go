@@ -85,6 +85,8 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 	}
 	announceProgress(ctx, s.etcd, s.cfg.Store.Client())
 	loopback := inProcessConfig(s.transport, s.host, s.identities.token(user.APIServerUser, []string{user.SystemPrivilegedGroup}))
+	// While it ends, a server answers everybody but itself "try again later", and knows itself by this.
+	loopback.UserAgent = "kube-apiserver/" + kubernetesVersion
 	g, err := buildGeneric(ctx, o, loopback, s.identities)
 	if err != nil {
 		return err

@@ -7,7 +7,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 
@@ -59,15 +58,15 @@ func (p *process) newAgent(ctx context.Context) (*agent, error) {
 func (a *agent) parts() []part {
 	s := a.p.settings
 	return []part{
-		{"dataplane", a.dataplane.Run},
-		{"ingress", a.ingress.Run},
-		{"dns", func(ctx context.Context) error {
+		a.p.onceReady("dataplane", a.dataplane.Run),
+		a.p.onceReady("ingress", a.ingress.Run),
+		a.p.onceReady("dns", func(ctx context.Context) error {
 			return dns.Run(ctx, dns.Config{
 				Addrs: s.clusterDNS, Domain: s.clusterDomain, Informers: a.p.informers, NodeName: s.nodeName,
 				Prefixes: slices.Concat(s.clusterCIDRs, s.serviceCIDRs), Upstreams: s.upstreamDNS,
 				Log: a.p.log.With("part", "dns"), Metrics: a.p.metrics,
 			})
-		}},
+		}),
 		a.p.onceReady("node", a.node.Run),
 	}
 }
@@ -128,24 +127,6 @@ func (a *agent) newIngress(ctx context.Context) (*ingress.Server, error) {
 		return nil, errors.Join(err, plain.Close(), secure.Close())
 	}
 	return server, nil
-}
-
-// steered listens on loopback and has the data plane hand it the connections to port. A socket of
-// family IPv6 takes both families' connections (bpf_sk_assign allows it where IPV6_V6ONLY is off).
-func (a *agent) steered(ctx context.Context, port uint16) (net.Listener, error) {
-	var config net.ListenConfig
-	config.SetMultipathTCP(false) // a socket map takes plain TCP only
-	l, err := config.Listen(ctx, "tcp", "[::]:0")
-	if err != nil {
-		l, err = config.Listen(ctx, "tcp", "127.0.0.1:0")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("ingress port %d: %w", port, err)
-	}
-	if err := a.dataplane.SteerIngress(ctx, port, l.(*net.TCPListener)); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return l, nil
 }
 
 // unifiedHierarchy is where the cgroup v2 hierarchy is mounted: the socket hooks attach to its root,

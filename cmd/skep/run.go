@@ -36,6 +36,9 @@ type part struct {
 	run  func(context.Context) error
 }
 
+// lockWait is how long a start waits for the process that it replaces to let go of the store.
+const lockWait = 5 * time.Second
+
 // process is what the parts share.
 type process struct {
 	settings  serverSettings
@@ -60,13 +63,16 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	authority, err := pki.Open(filepath.Join(s.dataDir, "server", "tls"))
+	// The store first: its lock also keeps two processes from making two authorities.
+	etcd, err := store.Open(ctx, store.Config{
+		DataDir: filepath.Join(s.dataDir, "server"), LockWait: lockWait, Log: log.With("part", "store"),
+	})
 	if err != nil {
 		return err
 	}
-	etcd, err := store.Open(ctx, store.Config{DataDir: filepath.Join(s.dataDir, "server"), Log: log.With("part", "store")})
+	authority, err := pki.Open(filepath.Join(s.dataDir, "server", "tls"))
 	if err != nil {
-		return err
+		return errors.Join(err, etcd.Close())
 	}
 	server, err := apiserver.New(ctx, apiserver.Config{
 		Store: etcd, PKI: authority,
@@ -80,22 +86,24 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 
 	registry := prometheus.NewRegistry()
 	p := &process{settings: s, log: log, metrics: registry, gatherer: registry, authority: authority, server: server}
-	shared, err := p.client("system:skep", "system:masters")
-	if err != nil {
-		return errors.Join(err, etcd.Close())
-	}
-	p.informers = informers.NewSharedInformerFactoryWithOptions(shared, 0, informers.WithTransform(dropManagedFields))
-
 	parts, err := p.parts(ctx)
-	if err == nil {
-		log.Info("starting", "node", s.nodeName, "version", skepVersion, "data", s.dataDir)
-		err = runParts(ctx, append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }}))
+	if err != nil {
+		ended, cancel := context.WithCancel(ctx)
+		cancel()
+		return errors.Join(err, server.Run(ended), etcd.Close()) // Run gives the port back
 	}
-	return errors.Join(err, etcd.Close())
+	log.Info("starting", "node", s.nodeName, "version", skepVersion, "data", s.dataDir)
+	parts = append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }})
+	return errors.Join(runParts(ctx, parts), etcd.Close())
 }
 
 // parts lists everything that runs in this process: the place to add a part.
 func (p *process) parts(ctx context.Context) ([]part, error) {
+	shared, err := p.client("system:skep", "system:masters")
+	if err != nil {
+		return nil, err
+	}
+	p.informers = informers.NewSharedInformerFactoryWithOptions(shared, 0, informers.WithTransform(dropManagedFields))
 	schedulerClient, err := p.client("system:kube-scheduler")
 	if err != nil {
 		return nil, err
@@ -118,8 +126,8 @@ func (p *process) parts(ctx context.Context) ([]part, error) {
 	}, agent.parts()...), nil
 }
 
-// onceReady starts a part that needs the API from its first moment on: upstream's controllers end
-// the process when discovery fails.
+// onceReady starts a part that needs the API from its first moment on: an informer that is refused
+// pauses for a second, and upstream's controllers end the process when discovery fails.
 func (p *process) onceReady(name string, run func(context.Context) error) part {
 	return part{name, func(ctx context.Context) error {
 		select {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -308,10 +309,7 @@ func (w *worker) startContainer(ctx context.Context, pod *corev1.Pod, a Action, 
 
 // configMessage is the error without the sentinel in front, as kubelet shows it.
 func configMessage(err error) error {
-	if list := each(err); len(list) == 2 && list[0] == errConfig {
-		return list[1]
-	}
-	return err
+	return errors.New(strings.TrimPrefix(err.Error(), errConfig.Error()+": "))
 }
 
 // stopContainer runs the preStop hook and stops the container, both within the grace.

@@ -19,8 +19,8 @@ type Built struct {
 }
 
 // Images that Build makes: scripts call them busybox:1, hello:v1, hello:v2 and hello:v3, too. The
-// hello images are the same program with another greeting each, for rolling updates; client:v1 has
-// package tools as its program `client`, and sleeps.
+// hello images are the same program with another greeting each, for rolling updates; client:v1 only
+// sleeps. Both have package tools as the program `client`: busybox's static wget crashes in glibc.
 const (
 	BusyboxImage = "docker.io/library/busybox:1"
 	HelloImage   = "skep.io/examples/hello:latest"
@@ -75,7 +75,7 @@ func Build(ctx context.Context, dir string) (Built, error) {
 		file := strings.NewReplacer("/", "-", ":", "-").Replace(tag) + ".tar"
 		commands = append(commands, []string{
 			image, "--tag", tag, "--output", filepath.Join(b.Images, file), "--busybox", busybox,
-			"--env", "GREETING=" + strings.TrimPrefix(tag, "docker.io/library/"), web,
+			"--env", "GREETING=" + strings.TrimPrefix(tag, "docker.io/library/"), web, client + ":/bin/client",
 		})
 	}
 	for _, command := range commands {

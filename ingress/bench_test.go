@@ -94,7 +94,9 @@ func BenchmarkProxy(b *testing.B) {
 	go func() { done <- server.Run(ctx) }()
 	defer func() {
 		cancel()
-		<-done
+		if err := <-done; err != nil {
+			b.Error(err)
+		}
 		factory.Shutdown()
 	}()
 	<-server.Ready()

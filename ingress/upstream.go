@@ -25,7 +25,6 @@ type connector struct {
 	dial        func(ctx context.Context, addr netip.AddrPort) (net.Conn, error)
 	maxIdle     int           // a backend
 	idleTimeout time.Duration // after which a kept connection is closed
-	maxHead     int64         // bytes of a reply's head
 
 	mu       sync.Mutex
 	backends map[netip.AddrPort]*backend

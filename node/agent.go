@@ -217,7 +217,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, a.closeRuntime()) }()
 	ctx, cancel := context.WithCancel(ctx)
 	g := &group{ctx: ctx, cancel: cancel}
-	defer g.wait()
+	defer func() { _ = g.wait() }() // on the way out of an earlier error, which is the one to tell
 	defer cancel()
 
 	broadcaster := record.NewBroadcaster(record.WithContext(context.WithoutCancel(ctx)))

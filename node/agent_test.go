@@ -88,7 +88,7 @@ func TestPodLife(t *testing.T) {
 	if _, err = c.admin.CoreV1().Secrets("default").Create(ctx, secret, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	p := c.create(testPod("life", func(p *corev1.Pod) {
+	c.create(testPod("life", func(p *corev1.Pod) {
 		p.Spec.Volumes = []corev1.Volume{
 			{Name: "conf", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{LocalObjectReference: corev1.LocalObjectReference{Name: "conf"}}}},
 			{Name: "shared", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}},
@@ -108,7 +108,7 @@ func TestPodLife(t *testing.T) {
 		main.ReadinessProbe = &corev1.Probe{PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{HTTPGet: &corev1.HTTPGetAction{Path: "/ready", Port: intstr.FromInt32(8080)}}}
 		main.LivenessProbe = &corev1.Probe{PeriodSeconds: 1, ProbeHandler: corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/prog", "test", "/shared/prepared"}}}}
 	}))
-	p = c.untilPod("life", "is ready", isReady)
+	p := c.untilPod("life", "is ready", isReady)
 	if len(p.Status.PodIPs) != 2 || p.Status.HostIP != nodeIP || p.Status.QOSClass != corev1.PodQOSBestEffort || p.Status.Phase != corev1.PodRunning {
 		t.Errorf("status %+v", p.Status)
 	}

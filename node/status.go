@@ -43,16 +43,15 @@ type pressure struct{ memory, disk, pids bool }
 
 // facts is all that the node's status is made from.
 type facts struct {
-	host       *hostFacts
-	now        time.Time
-	name       string
-	addresses  []string
-	port       int
-	maxPods    int
-	images     []nodert.Image
-	pressure   pressure
-	notReady   string // why not; empty when ready
-	configured bool
+	host      *hostFacts
+	now       time.Time
+	name      string
+	addresses []string
+	port      int
+	maxPods   int
+	images    []nodert.Image
+	pressure  pressure
+	notReady  string // why not; empty when ready
 }
 
 // nodeStatus says what the API should show of the node. It starts from old, which others write too.

@@ -16,6 +16,7 @@ import (
 
 	"skep.io/skep/api"
 	"skep.io/skep/dataplane"
+	"skep.io/skep/node/pods"
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
 	"skep.io/skep/node/volumes"
@@ -71,6 +72,9 @@ func resetSteps(dataDir string) []resetStep {
 		}},
 		{"containers", func(ctx context.Context) error { return runtime.Cleanup(ctx, dataDir, api.RunDir) }},
 		{"pods' namespaces, devices and cgroups", func(ctx context.Context) error { return sandbox.Cleanup(ctx, api.RunDir, "kubepods") }},
+		{"pods' files and logs", func(ctx context.Context) error {
+			return pods.Cleanup(ctx, filepath.Join(dataDir, "pods"), api.PodLogsDir)
+		}},
 		{"volumes", func(ctx context.Context) error { return volumes.Cleanup(ctx, filepath.Join(dataDir, "pods")) }},
 		{"eBPF programs, routes and iptables rules", func(ctx context.Context) error { return dataplane.Cleanup(ctx, api.BPFDir) }},
 		{"files", func(context.Context) error { return removeFiles(dataDir) }},
@@ -116,7 +120,7 @@ func refuseForeign(dataDir string) error {
 
 // removeFiles deletes what is on disk. It empties directories that are mount points themselves.
 func removeFiles(dataDir string) error {
-	errs := []error{emptyAndRemove(dataDir), emptyAndRemove(api.RunDir), os.RemoveAll(api.KubeconfigPath), removePodLogs()}
+	errs := []error{emptyAndRemove(dataDir), emptyAndRemove(api.RunDir), os.RemoveAll(api.KubeconfigPath)}
 	// The directory goes only if nothing of the administrator's is left in it.
 	if err := os.Remove(api.ConfigDir); err != nil && !errors.Is(err, os.ErrNotExist) && !isNotEmptyOrBusy(err) {
 		errs = append(errs, err)
@@ -134,22 +138,6 @@ func emptyAndRemove(dir string) error {
 		errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
 	}
 	if err := os.Remove(dir); err != nil && !isNotEmptyOrBusy(err) {
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
-}
-
-// podLogs matches the directories of pods' logs, NAMESPACE_NAME_UID: whatever else somebody keeps
-// beside them stays.
-const podLogs = "*_*_????????-????-????-????-????????????"
-
-func removePodLogs() error {
-	dirs, err := filepath.Glob(filepath.Join(api.PodLogsDir, podLogs))
-	errs := []error{err}
-	for _, dir := range dirs {
-		errs = append(errs, os.RemoveAll(dir))
-	}
-	if err := os.Remove(api.PodLogsDir); err != nil && !errors.Is(err, os.ErrNotExist) && !isNotEmptyOrBusy(err) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

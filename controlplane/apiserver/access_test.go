@@ -176,7 +176,7 @@ spec: {policyName: no-evil, validationActions: [Deny]}
 	eventually(t, func() error {
 		out, err := s.kubectl(t, claim, "create", "--dry-run=server", "-f", "-")
 		if err == nil || !strings.Contains(out, "maximum storage usage per PersistentVolumeClaim is 1Gi") {
-			return fmt.Errorf("limit range: %v %s", err, out)
+			return fmt.Errorf("limit range: %w %s", err, out)
 		}
 		return nil
 	})

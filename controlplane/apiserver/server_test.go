@@ -509,7 +509,7 @@ func TestCompaction(t *testing.T) {
 	eventually(t, func() error {
 		_, err := s.store.Client().Get(t.Context(), "/registry/configmaps/default/c", clientv3.WithRev(rev))
 		if !errors.Is(err, rpctypes.ErrCompacted) {
-			return fmt.Errorf("revision %d: %v", rev, err)
+			return fmt.Errorf("revision %d: %w", rev, err)
 		}
 		return nil
 	})

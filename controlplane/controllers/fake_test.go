@@ -313,7 +313,7 @@ func TestSilentNode(t *testing.T) {
 	}
 	f.eventually("the pod to be published", func(ctx context.Context) error {
 		if n, err := readyAddresses(ctx); err != nil || n != 1 {
-			return fmt.Errorf("%d ready addresses, %v", n, err)
+			return fmt.Errorf("%d ready addresses, %w", n, err)
 		}
 		return nil
 	})

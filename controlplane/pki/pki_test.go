@@ -41,7 +41,6 @@ func leaf(t *testing.T, certPEM []byte) *x509.Certificate {
 func TestReopenKeepsEverything(t *testing.T) {
 	dir, now := filepath.Join(t.TempDir(), "pki"), time.Now()
 	first := mustOpen(t, dir, now)
-	files := map[string][]byte{}
 	read := func() map[string][]byte {
 		out := map[string][]byte{}
 		entries, err := os.ReadDir(dir)
@@ -68,7 +67,7 @@ func TestReopenKeepsEverything(t *testing.T) {
 	if _, err := first.FrontProxyClientFiles(); err != nil {
 		t.Fatal(err)
 	}
-	files = read()
+	files := read()
 	second := mustOpen(t, dir, now)
 	if _, err := second.ServerFiles("apiserver", "kube-apiserver", []string{"10.0.0.1"}); err != nil {
 		t.Fatal(err)
@@ -98,7 +97,7 @@ func TestServerAndClientMeet(t *testing.T) {
 	}
 	srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		subject := r.TLS.PeerCertificates[0].Subject
-		w.Write([]byte(subject.CommonName + " of " + strings.Join(subject.Organization, ",")))
+		_, _ = w.Write([]byte(subject.CommonName + " of " + strings.Join(subject.Organization, ",")))
 	}))
 	srv.TLS = &tls.Config{Certificates: []tls.Certificate{serving}, ClientCAs: a.CAPool(), ClientAuth: tls.RequireAndVerifyClientCert}
 	srv.StartTLS()
@@ -119,7 +118,7 @@ func TestServerAndClientMeet(t *testing.T) {
 			t.Fatalf("as %s: %v", name, err)
 		}
 		var body bytes.Buffer
-		body.ReadFrom(resp.Body)
+		_, _ = body.ReadFrom(resp.Body)
 		resp.Body.Close()
 		tr.CloseIdleConnections()
 		if body.String() != "anna of x,y" {

@@ -151,7 +151,7 @@ func listeners(t *testing.T) int {
 	n := 0
 	for _, fd := range fds {
 		var num int
-		fmt.Sscan(fd.Name(), &num)
+		_, _ = fmt.Sscan(fd.Name(), &num)
 		if v, err := unix.GetsockoptInt(num, unix.SOL_SOCKET, unix.SO_ACCEPTCONN); err == nil && v == 1 {
 			n++
 		}

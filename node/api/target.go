@@ -4,6 +4,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -27,7 +28,8 @@ func fail(code int, format string, args ...any) error {
 
 func writeError(w http.ResponseWriter, err error) {
 	code := http.StatusInternalServerError
-	if h, ok := err.(*httpError); ok {
+	var h *httpError
+	if errors.As(err, &h) {
 		code = h.code
 	}
 	http.Error(w, err.Error(), code)

@@ -111,7 +111,7 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 				GracePeriodSeconds: &now, Preconditions: metav1.NewUIDPreconditions(string(pod.UID)),
 			})
 			if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
-				err = nil // it is gone, or another pod has its name
+				// It is gone, or another pod has its name.
 				return w.outcome(a, nil, func() { w.gone = true })
 			}
 			return w.outcome(a, err, func() {

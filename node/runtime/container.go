@@ -84,7 +84,6 @@ type container struct {
 	mu     sync.Mutex
 	status status
 	oom    bool // the kernel killed a process of it for want of memory
-	gone   bool
 }
 
 func (c *container) state() status {

@@ -93,13 +93,13 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 // call runs the handler and turns a panic into an error, as net/http's server does.
 func (t *Transport) call(h http.Handler, w http.ResponseWriter, r *http.Request) (err error) {
 	defer func() {
-		switch p := recover(); {
-		case p == nil:
-		case p == http.ErrAbortHandler:
-			err = io.ErrUnexpectedEOF
-		default:
+		p := recover()
+		if p == nil {
+			return
+		}
+		err = io.ErrUnexpectedEOF
+		if cause, ok := p.(error); !ok || !errors.Is(cause, http.ErrAbortHandler) {
 			t.log.Error("panic in API handler", "method", r.Method, "path", r.URL.Path, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
-			err = io.ErrUnexpectedEOF
 		}
 	}()
 	h.ServeHTTP(w, r)

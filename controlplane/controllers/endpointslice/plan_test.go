@@ -296,7 +296,6 @@ func TestTrafficDistribution(t *testing.T) {
 func TestConverges(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var w world
-		s := service()
 		for range rapid.IntRange(1, 12).Draw(t, "steps") {
 			var pods []*corev1.Pod
 			want := map[discoveryv1.AddressType][]string{}
@@ -323,10 +322,9 @@ func TestConverges(t *testing.T) {
 					want[family] = append(want[family], fmt.Sprintf("%s %s http:%d", p.Status.PodIPs[j].IP, state, port))
 				}
 			}
+			s := service()
 			if rapid.IntRange(0, 4).Draw(t, "families") == 0 {
 				s = service(corev1.IPv4Protocol)
-			} else {
-				s = service()
 			}
 			if rapid.IntRange(0, 4).Draw(t, "labels") == 0 {
 				s.Labels = map[string]string{"team": rapid.SampledFrom([]string{"b", "c"}).Draw(t, "team")}

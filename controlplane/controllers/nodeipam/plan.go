@@ -16,9 +16,6 @@ import (
 // ErrFull is returned when a cluster range has no block left.
 var ErrFull = errors.New("no pod range left: delete nodes or start with a larger cluster range")
 
-// maxBlocks bounds a pool, as upstream does: 65,536 nodes.
-const maxBlocks = 1 << 16
-
 // Pool hands out blocks of one cluster range.
 type Pool struct {
 	cluster  netip.Prefix

@@ -214,6 +214,10 @@ func furnish(s setup) error {
 			return err
 		}
 	}
+	// Only the overlay loses it: the machine may run a skep of its own.
+	if err := os.RemoveAll("/etc/skep"); err != nil {
+		return err
+	}
 	files := map[string]string{
 		"/etc/hosts":       s.Hosts,
 		"/etc/hostname":    s.Hostname + "\n",

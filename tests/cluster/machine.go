@@ -164,24 +164,39 @@ func (m *Machine) Dial(ctx context.Context, network, address string) (net.Conn, 
 	}
 	done := make(chan result, 1)
 	go func() {
-		// The thread is not given back: it ends with this goroutine, still in the other namespace.
-		runtime.LockOSThread()
-		ns, err := netns.GetFromPid(m.Pid())
-		if err != nil {
-			done <- result{err: err}
-			return
-		}
-		defer ns.Close()
-		if err := netns.Set(ns); err != nil {
-			done <- result{err: err}
-			return
-		}
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, network, address)
+		conn, err := m.dialInside(ctx, network, address)
 		done <- result{conn, err}
 	}()
 	r := <-done
 	return r.conn, r.err
+}
+
+// dialInside is on a goroutine of its own. Its thread goes back to its namespace; a thread that
+// cannot is not given back to the scheduler, and ends with the goroutine.
+func (m *Machine) dialInside(ctx context.Context, network, address string) (net.Conn, error) {
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		return nil, err
+	}
+	defer home.Close()
+	ns, err := netns.GetFromPid(m.Pid())
+	if err != nil {
+		runtime.UnlockOSThread()
+		return nil, err
+	}
+	defer ns.Close()
+	if err := netns.Set(ns); err != nil {
+		runtime.UnlockOSThread()
+		return nil, err
+	}
+	// One address is dialled on the calling goroutine; several would be on others, outside.
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, network, address)
+	if back := netns.Set(home); back == nil {
+		runtime.UnlockOSThread()
+	}
+	return conn, err
 }
 
 // links gives access to the machine's network devices; the caller closes it.

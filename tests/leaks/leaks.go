@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -303,6 +304,9 @@ func ProcessesIn(ids ...string) ([]string, error) {
 	}
 	var found []string
 	for _, entry := range entries {
+		if _, err := strconv.Atoi(entry.Name()); err != nil {
+			continue
+		}
 		for _, id := range ids {
 			kind, _, _ := strings.Cut(id, ":")
 			have, err := os.Readlink(filepath.Join("/proc", entry.Name(), "ns", kind))

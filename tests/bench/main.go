@@ -127,7 +127,7 @@ func (b *bench) samples(n int) int {
 
 // node makes one with its server running and Ready.
 func (b *bench) node(ctx context.Context, name string) (*cluster.Node, error) {
-	n, err := b.machine(ctx, name)
+	n, err := b.machine(ctx, name, b.built.Images)
 	if err != nil {
 		return nil, err
 	}
@@ -139,9 +139,9 @@ func (b *bench) node(ctx context.Context, name string) (*cluster.Node, error) {
 	return n, nil
 }
 
-func (b *bench) machine(ctx context.Context, name string) (*cluster.Node, error) {
+func (b *bench) machine(ctx context.Context, name, images string) (*cluster.Node, error) {
 	return cluster.NewNode(ctx, cluster.Options{
 		Name: fmt.Sprintf("bench-%s-%d", name, os.Getpid()), Dir: filepath.Join(b.dir, name),
-		Bin: b.built.Bin, ImagesDir: b.built.Images,
+		Bin: b.built.Bin, ImagesDir: images,
 	})
 }

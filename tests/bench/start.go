@@ -32,7 +32,7 @@ func startSection(ctx context.Context, b *bench) error {
 }
 
 func (b *bench) oneStart(ctx context.Context, name string) (times [3]time.Duration, err error) {
-	n, err := b.machine(ctx, name)
+	n, err := b.machine(ctx, name, b.built.Hello)
 	if err != nil {
 		return times, err
 	}

@@ -16,6 +16,7 @@ import (
 type Built struct {
 	Bin    string // skep and the shim
 	Images string // archives of the images below
+	Hello  string // a directory with the archive of HelloImage alone
 }
 
 // Images that Build makes: scripts call them busybox:1, hello:v1, hello:v2 and hello:v3, too. The
@@ -37,9 +38,11 @@ func Build(ctx context.Context, dir string) (Built, error) {
 	if err != nil {
 		return Built{}, err
 	}
-	b := Built{Bin: os.Getenv("SKEP_BIN"), Images: filepath.Join(dir, "images")}
-	if err := os.MkdirAll(b.Images, 0o755); err != nil {
-		return Built{}, err
+	b := Built{Bin: os.Getenv("SKEP_BIN"), Images: filepath.Join(dir, "images"), Hello: filepath.Join(dir, "hello")}
+	for _, sub := range []string{b.Images, b.Hello} {
+		if err := os.MkdirAll(sub, 0o755); err != nil {
+			return Built{}, err
+		}
 	}
 	build := func(out string, packages ...string) error {
 		return run(ctx, root, append([]string{"go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out}, packages...)...)
@@ -71,6 +74,7 @@ func Build(ctx context.Context, dir string) (Built, error) {
 			"--user", "0:0", "--entrypoint", "sleep", "--cmd", "100000", client + ":/bin/client",
 		},
 	}
+	commands = append(commands, []string{image, "--tag", HelloImage, "--output", filepath.Join(b.Hello, "hello.tar"), web})
 	for _, tag := range []string{HelloImage, "docker.io/library/hello:v1", "docker.io/library/hello:v2", "docker.io/library/hello:v3"} {
 		file := strings.NewReplacer("/", "-", ":", "-").Replace(tag) + ".tar"
 		commands = append(commands, []string{

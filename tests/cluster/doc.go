@@ -20,10 +20,11 @@ const helperArg = "skep-cluster-helper"
 
 // helpers are the roles that such a call can have, beside package tools' ones.
 var helpers = map[string]func(args []string) error{
-	"join":  joinMain,  // stage one of a node's init: enter fresh cgroups and namespaces
-	"init":  initMain,  // stage two: mounts, then start and reap what it is told to
-	"enter": enterMain, // run one command inside a node
-	"leaks": leaksMain, // print what exists in the node, as JSON
+	"join":     joinMain,     // stage one of a node's init: enter fresh cgroups and namespaces
+	"init":     initMain,     // stage two: mounts, then start and reap what it is told to
+	"enter":    enterMain,    // run one command inside a node
+	"leaks":    leaksMain,    // print what exists in the node, as JSON
+	"registry": registryMain, // an image registry on the node
 }
 
 // Helper runs the role that the command line names and ends the process; it returns at once in

@@ -262,6 +262,21 @@ func (n *Node) Restart(ctx context.Context) error {
 	return n.WaitReady(ctx)
 }
 
+// EnsureReady starts the server if it has ended by itself, and waits until the node is Ready.
+func (n *Node) EnsureReady(ctx context.Context) error {
+	if n.server != 0 {
+		select {
+		case <-n.exited.done(n.server):
+			n.server, n.client = 0, nil
+		default:
+		}
+	}
+	if n.server == 0 {
+		return n.Restart(ctx)
+	}
+	return n.WaitReady(ctx)
+}
+
 // Shutdown asks the server to end, and is an error when it ends with a failure.
 func (n *Node) Shutdown(ctx context.Context) error {
 	how, err := n.Signal(ctx, unix.SIGTERM)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -25,14 +26,18 @@ import (
 // commands are the verbs of scripts, beside skep, kubectl, node and outside, which are programs:
 //
 //	machine [ARG...]         make a node, start nothing; ARGs go to every start of its server
-//	server start|kill|restart|stop|reset
-//	                         start: and wait until Ready; kill: SIGKILL; stop: SIGTERM; reset: `skep reset`
+//	server start|kill|restart|stop|reset|again
+//	                         start: and wait until Ready; kill: SIGKILL; stop: SIGTERM; reset: `skep reset`;
+//	                         again: start it if it has ended, and wait
 //	until [-not] PATTERN COMMAND...
 //	                         repeat COMMAND until its output matches
 //	load start NAME [-from node|outside|pod/NAME] [flags] URL
 //	                         requests in the background: see tests/cluster/load.go
 //	load stop NAME           end it; fails if any request failed or any kept connection broke
 //	killpod NAME             SIGKILL to the process of the pod's container
+//	registry [-login USER:PASSWORD] NAME:TAG=ARCHIVE...
+//	                         an image registry on the node until the script ends; sets REGISTRY
+//	[!] log PATTERN          the server's log has it, or has it not
 //	jsonpath VAR RESOURCE... PATH
 //	                         sets VAR to what `skep get RESOURCE... -o jsonpath=PATH` prints
 func commands() map[string]func(*testscript.TestScript, bool, []string) {
@@ -43,6 +48,8 @@ func commands() map[string]func(*testscript.TestScript, bool, []string) {
 		"load":     loadCommand,
 		"jsonpath": jsonpathCommand,
 		"killpod":  killpodCommand,
+		"registry": registryCommand,
+		"log":      logCommand,
 	}
 }
 
@@ -102,6 +109,8 @@ func serverCommand(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(s.node.Shutdown(ctx))
 	case "reset":
 		ts.Check(s.node.Reset(ctx))
+	case "again":
+		ts.Check(s.node.EnsureReady(ctx))
 	default:
 		ts.Fatalf("server: unknown %q", args[0])
 	}
@@ -168,6 +177,50 @@ func jsonpathCommand(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("%s is empty", args[last])
 	}
 	ts.Setenv(args[0], value)
+}
+
+func logCommand(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: [!] log PATTERN")
+	}
+	re, err := regexp.Compile("(?m)" + args[0])
+	ts.Check(err)
+	raw, err := os.ReadFile(state(ts).node.LogPath())
+	ts.Check(err)
+	if found := re.Find(raw); (found != nil) == neg {
+		ts.Fatalf("the server's log has %q: %v", found, found != nil)
+	}
+}
+
+func registryCommand(ts *testscript.TestScript, neg bool, args []string) {
+	positive(ts, neg)
+	s := state(ts)
+	for i, arg := range args {
+		if ref, archive, ok := strings.Cut(arg, "="); ok {
+			args[i] = ref + "=" + filepath.Join(s.node.ImagesDir, archive)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := s.node.Tool(ctx, "registry", args...)
+	cmd.Stderr = os.Stderr
+	stdout, err := cmd.StdoutPipe()
+	if err == nil {
+		_, err = cmd.StdinPipe()
+	}
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		cancel()
+		ts.Check(err)
+	}
+	ts.Defer(func() {
+		cancel()
+		_ = cmd.Wait() // killed
+	})
+	address, err := bufio.NewReader(stdout).ReadString('\n')
+	ts.Check(err)
+	ts.Setenv("REGISTRY", strings.TrimSpace(address))
 }
 
 // load is a running load generator.

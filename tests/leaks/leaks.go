@@ -34,11 +34,11 @@ type Scope struct {
 	Ignore []string
 }
 
-// NodeScope is for a machine that only skep uses: everything counts, but for what iptables itself leaves.
+// NodeScope is for a machine that only skep uses: everything counts, but for what iptables and mount leave.
 func NodeScope() Scope {
 	return Scope{
 		Files:  []string{"/run", "/etc/skep", "/var/lib/skep", "/var/log/pods", "/var/log/containers", "/sys/fs/bpf"},
-		Ignore: []string{"/run/xtables.lock", "/run/.overlay"},
+		Ignore: []string{"/run/xtables.lock", "/run/mount", "/run/.overlay"},
 	}
 }
 

@@ -58,9 +58,9 @@ func (p *process) newAgent(ctx context.Context) (*agent, error) {
 func (a *agent) parts() []part {
 	s := a.p.settings
 	return []part{
-		a.p.onceReady("dataplane", a.dataplane.Run),
-		a.p.onceReady("ingress", a.ingress.Run),
-		a.p.onceReady("dns", func(ctx context.Context) error {
+		a.p.withInformers("dataplane", a.dataplane.Run),
+		a.p.withInformers("ingress", a.ingress.Run),
+		a.p.withInformers("dns", func(ctx context.Context) error {
 			return dns.Run(ctx, dns.Config{
 				Addrs: s.clusterDNS, Domain: s.clusterDomain, Informers: a.p.informers, NodeName: s.nodeName,
 				Prefixes: slices.Concat(s.clusterCIDRs, s.serviceCIDRs), Upstreams: s.upstreamDNS,

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"strings"
 
+	"github.com/containerd/log"
 	"k8s.io/klog/v2"
 )
 
@@ -27,6 +28,10 @@ func newLogger(out io.Writer, level, format string) (*slog.Logger, error) {
 		handler = slog.NewJSONHandler(out, options)
 	default:
 		return nil, fmt.Errorf("--log-format: %q is not one of text, json", format)
+	}
+	// containerd says at warning which optional features of the file system are absent.
+	if err := log.SetLevel("error"); err != nil {
+		return nil, fmt.Errorf("containerd's log level: %w", err)
 	}
 	klog.SetSlogLogger(slog.New(upstream{Handler: handler, chatty: true}).With("from", "kubernetes"))
 	return slog.New(upstream{Handler: handler}), nil
@@ -51,8 +56,10 @@ var harmless = []string{
 	"simple token is not cryptographically signed",
 	"Failed to detect schema version",
 	"failed to update storage version",
-	// containerd: an optional feature of the file system below the content store.
-	"failed check for fsverity support",
+	// A session of exec or attach whose end the client closed first: every one of them.
+	"use of closed network connection",
+	// The token controllers start before the namespace that upstream makes, and try again.
+	"Error while syncing ConfigMap namespaces \"kube-system\" not found",
 }
 
 func (u upstream) level(l slog.Level) slog.Level {

@@ -49,6 +49,8 @@ type process struct {
 	server    *apiserver.Server
 	// informers keeps the cluster-wide objects that several parts want, once for all of them.
 	informers informers.SharedInformerFactory
+	// registered is closed when the informers may be started.
+	registered chan struct{}
 }
 
 // runServer starts every part and returns when ctx ends or one of them fails.
@@ -85,7 +87,7 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	}
 
 	registry := prometheus.NewRegistry()
-	p := &process{settings: s, log: log, metrics: registry, gatherer: registry, authority: authority, server: server}
+	p := &process{settings: s, log: log, metrics: registry, gatherer: registry, authority: authority, server: server, registered: make(chan struct{})}
 	parts, err := p.parts(ctx)
 	if err != nil {
 		ended, cancel := context.WithCancel(ctx)
@@ -119,7 +121,7 @@ func (p *process) parts(ctx context.Context) ([]part, error) {
 	return append([]part{
 		{"apiserver", p.server.Run},
 		p.onceReady("controllers", func(ctx context.Context) error { return controllers.Run(ctx, controllersConfig) }),
-		p.onceReady("scheduler", func(ctx context.Context) error {
+		p.withInformers("scheduler", func(ctx context.Context) error {
 			return scheduler.Run(ctx, scheduler.Config{Client: schedulerClient, Informers: p.informers,
 				Log: p.log.With("part", "scheduler"), Metrics: p.metrics})
 		}),
@@ -129,9 +131,19 @@ func (p *process) parts(ctx context.Context) ([]part, error) {
 // onceReady starts a part that needs the API from its first moment on: an informer that is refused
 // pauses for a second, and upstream's controllers end the process when discovery fails.
 func (p *process) onceReady(name string, run func(context.Context) error) part {
+	return once(p.server.Ready(), name, run)
+}
+
+// withInformers starts a part that starts the shared informers, which must wait until every
+// controller has its handlers.
+func (p *process) withInformers(name string, run func(context.Context) error) part {
+	return once(p.registered, name, run)
+}
+
+func once(happened <-chan struct{}, name string, run func(context.Context) error) part {
 	return part{name, func(ctx context.Context) error {
 		select {
-		case <-p.server.Ready():
+		case <-happened:
 			return run(ctx)
 		case <-ctx.Done():
 			return nil
@@ -149,7 +161,7 @@ func (p *process) controllersConfig() (controllers.Config, error) {
 		return controllers.Config{}, fmt.Errorf("service account key: %w", err)
 	}
 	return controllers.Config{
-		Client: client, Informers: p.informers,
+		Client: client, Informers: p.informers, Registered: p.registered,
 		RESTConfig: func(user string) *rest.Config {
 			return p.config(user, accountGroups(user)...)
 		},

@@ -34,6 +34,8 @@ import (
 type Config struct {
 	// Client acts as the cluster's administrator. It records events and creates the bootstrap objects.
 	Client kubernetes.Interface
+	// Registered, if set, is closed once every controller has its handlers. Nobody may start Informers before.
+	Registered chan<- struct{}
 	// RESTConfig gives the configuration of a client that acts as the named user. Each controller has its own,
 	// named like upstream's service accounts, so that the bootstrap policy grants it just what it needs.
 	RESTConfig func(user string) *rest.Config
@@ -161,19 +163,20 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 	if err != nil {
 		return err
 	}
-	var failed error
-	for _, entry := range entries {
-		run, err := entry.prepare(ctx, cfg, broadcaster, metrics, shared)
-		if err != nil {
-			failed = err
-			cancel()
-			break
+	// All are made before any informer runs: some of upstream's handlers (disruption's) use what only Run sets,
+	// and an informer that runs already calls them as soon as they are registered.
+	runs := make([]run, len(entries))
+	for i, entry := range entries {
+		if runs[i], err = entry.prepare(ctx, cfg, broadcaster, metrics, shared); err != nil {
+			return err
 		}
-		if run == nil {
+	}
+	for i, entry := range entries {
+		if runs[i] == nil {
 			continue // has nothing to do with this configuration
 		}
 		group.Go(func() error {
-			err := run(ctx)
+			err := runs[i](ctx)
 			switch {
 			case err != nil:
 				return fmt.Errorf("controller %s: %w", entry.name, err)
@@ -182,20 +185,16 @@ func runEntries(ctx context.Context, cfg Config, entries []entry) error {
 			}
 			return nil
 		})
-		// Nobody waits for those further down the list: the first ones are what a node waits for.
-		cfg.Informers.Start(ctx.Done())
 	}
+	if cfg.Registered != nil {
+		close(cfg.Registered)
+	}
+	cfg.Informers.Start(ctx.Done())
 	if shared != nil {
 		shared.Start(ctx.Done())
+		defer shared.metadata.Shutdown()
 	}
-	err = group.Wait()
-	if shared != nil {
-		shared.metadata.Shutdown()
-	}
-	if failed != nil {
-		return failed
-	}
-	return err
+	return group.Wait()
 }
 
 // prepare makes one controller.

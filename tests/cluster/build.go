@@ -45,7 +45,7 @@ func Build(ctx context.Context, dir string) (Built, error) {
 		}
 	}
 	build := func(out string, packages ...string) error {
-		return run(ctx, root, append([]string{"go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out}, packages...)...)
+		return run(ctx, root, append([]string{"go", "build", "-ldflags", "-s -w", "-o", out}, packages...)...)
 	}
 	if b.Bin == "" {
 		b.Bin = filepath.Join(dir, "bin")

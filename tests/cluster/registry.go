@@ -51,7 +51,9 @@ func registryMain(args []string) error {
 		if err := server.Close(); err != nil {
 			return err
 		}
-		<-failed
+		if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
 		if l, err = net.Listen("tcp", l.Addr().String()); err != nil {
 			return err
 		}

@@ -16,6 +16,7 @@ import (
 
 	"skep.io/skep/api"
 	"skep.io/skep/tests/cluster"
+	"skep.io/skep/tests/tools"
 )
 
 // The scripts' way to the machines.
@@ -55,14 +56,12 @@ func elsewhere(place string, argv []string) error {
 	if err := os.Setenv("PATH", os.Getenv(pathEnv)); err != nil {
 		return err
 	}
-	switch argv[0] {
-	case "http", "dial":
+	if tools.Tools[argv[0]] != nil {
 		return cluster.EnterTool(place, argv[0], argv[1:])
-	case "kubectl":
-		if os.Getenv("KUBECONFIG") == "" {
-			if err := os.Setenv("KUBECONFIG", api.KubeconfigPath); err != nil {
-				return err
-			}
+	}
+	if argv[0] == "kubectl" && os.Getenv("KUBECONFIG") == "" {
+		if err := os.Setenv("KUBECONFIG", api.KubeconfigPath); err != nil {
+			return err
 		}
 	}
 	return cluster.EnterFrom(place, argv)

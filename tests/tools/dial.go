@@ -50,20 +50,27 @@ func dialMain(args []string) error {
 }
 
 // serveMain is a host outside the cluster: it tells each client the address it sees. It ends with
-// its standard input.
+// its standard input, unless that is to be passed over.
 func serveMain(args []string) error {
-	if len(args) != 1 {
+	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
+	forever := flags.Bool("forever", false, "go on when standard input has ended")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() != 1 {
 		return errors.New("serve: one address to listen on is needed")
 	}
-	l, err := net.Listen("tcp", args[0])
+	l, err := net.Listen("tcp", flags.Arg(0))
 	if err != nil {
 		return err
 	}
 	fmt.Println("listening on", l.Addr())
-	go func() {
-		_, _ = io.Copy(io.Discard, os.Stdin)
-		_ = l.Close()
-	}()
+	if !*forever {
+		go func() {
+			_, _ = io.Copy(io.Discard, os.Stdin)
+			_ = l.Close()
+		}()
+	}
 	server := &http.Server{ReadHeaderTimeout: 10 * time.Second, Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, _ := net.SplitHostPort(r.RemoteAddr)
 		fmt.Fprintf(w, "you are %s\n", host)

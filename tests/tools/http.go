@@ -38,7 +38,7 @@ func (h headers) Set(line string) error {
 // until repeats try until its outcome, output and error together, matches pattern. An empty pattern
 // tries once.
 func until(pattern string, limit time.Duration, try func(context.Context) (string, error)) error {
-	re, err := regexp.Compile("(?s)" + pattern)
+	re, err := regexp.Compile("(?ms)" + pattern)
 	if err != nil {
 		return fmt.Errorf("pattern: %w", err)
 	}

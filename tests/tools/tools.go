@@ -10,6 +10,7 @@ var Tools = map[string]func(args []string) error{
 	"http":    httpMain,    // a small client
 	"dial":    dialMain,    // one connection, and what became of it
 	"serve":   serveMain,   // a server that tells each client the address it sees
+	"echo":    echoMain,    // sends back what it gets, over TCP and UDP, with its host name in front
 	"load":    loadMain,    // requests until told to stop
 	"connect": connectMain, // connections as fast as can be
 	"first":   firstMain,   // when something first replied

@@ -287,6 +287,15 @@ func (l *statusLoop) run(ctx context.Context) {
 	}
 }
 
+// resuming tells that this agent has taken over a Ready node and does not know yet whether its
+// network works. What the earlier agent set up still does: to report the node unready for the
+// moment of a restart would take every pod of it out of its services.
+func (l *statusLoop) resuming(node *corev1.Node) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.netReady && l.netErr == nil && readyOf(node.Status) && node.Status.NodeInfo.BootID == l.a.host.bootID
+}
+
 // write patches the status if it differs, or a heartbeat is due.
 func (l *statusLoop) write(ctx context.Context, written *time.Time) (ok bool) {
 	l.mu.Lock()
@@ -302,6 +311,9 @@ func (l *statusLoop) write(ctx context.Context, written *time.Time) (ok bool) {
 		l.mu.Unlock()
 	}
 	if node == nil {
+		return true
+	}
+	if l.resuming(node) {
 		return true
 	}
 	f := l.facts(ctx)

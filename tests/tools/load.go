@@ -3,6 +3,7 @@
 package tools
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -80,24 +81,14 @@ func (l *load) note(change func(*LoadReport)) {
 func (l *load) client(ctx context.Context, keep bool, answered func()) {
 	// Whoever waits for the first answers must not wait for a client that ended without one.
 	defer answered()
-	dials := 0
-	dialer := net.Dialer{Timeout: 5 * time.Second}
-	transport := &http.Transport{
-		DisableKeepAlives: !keep, MaxConnsPerHost: 1, ResponseHeaderTimeout: 10 * time.Second,
-		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
-			if dials++; keep && dials > 1 {
-				return nil, errors.New("the established connection broke")
-			}
-			l.note(func(r *LoadReport) { r.Connections++ })
-			return dialer.DialContext(ctx, network, address)
-		},
+	request := l.once
+	if keep {
+		request = (&keptConnection{load: l}).request
 	}
-	defer transport.CloseIdleConnections()
-	client := &http.Client{Transport: transport}
 	for {
 		// One request comes after the end, so that a connection that died just before it is found.
 		last := ctx.Err() != nil
-		err := l.request(client)
+		err := request()
 		if err == nil {
 			l.note(func(r *LoadReport) { r.Requests++ })
 			answered()
@@ -121,16 +112,64 @@ func (l *load) client(ctx context.Context, keep bool, answered func()) {
 	}
 }
 
-// request is not cut short by the end of the load: a request that was sent gets its answer.
-func (l *load) request(client *http.Client) error {
+// limit of one request, connecting included.
+const limit = 10 * time.Second
+
+// dial opens a connection to the load's target.
+func (l *load) dial() (net.Conn, *http.Request, error) {
 	request, err := http.NewRequest(http.MethodGet, l.url, nil)
 	if err != nil {
+		return nil, nil, err
+	}
+	if l.host != "" {
+		request.Host = l.host
+	}
+	address := request.URL.Host
+	if request.URL.Port() == "" {
+		address = net.JoinHostPort(request.URL.Hostname(), "80")
+	}
+	l.note(func(r *LoadReport) { r.Connections++ })
+	conn, err := net.DialTimeout("tcp", address, limit)
+	return conn, request, err
+}
+
+// once makes a request on a connection of its own.
+func (l *load) once() error {
+	k := &keptConnection{load: l}
+	err := k.request()
+	if k.conn != nil {
+		err = errors.Join(err, k.conn.Close())
+	}
+	return err
+}
+
+// keptConnection makes requests one after the other on one connection. It is not net/http's client:
+// that one also gives up healthy connections, for instance when its own goroutines have to wait for
+// a processor for 50 ms.
+type keptConnection struct {
+	load    *load
+	conn    net.Conn
+	reader  *bufio.Reader
+	message *http.Request
+}
+
+// request is not cut short by the end of the load: a request that was sent gets its answer.
+func (k *keptConnection) request() (err error) {
+	if k.conn == nil {
+		if k.conn, k.message, err = k.load.dial(); err != nil {
+			return err
+		}
+		k.reader = bufio.NewReader(k.conn)
+	}
+	if err := k.conn.SetDeadline(time.Now().Add(limit)); err != nil {
 		return err
 	}
-	request.Host = l.host
-	response, err := client.Do(request)
+	if err := k.message.Write(k.conn); err != nil {
+		return fmt.Errorf("%s -> %s: %w", k.conn.LocalAddr(), k.conn.RemoteAddr(), err)
+	}
+	response, err := http.ReadResponse(k.reader, k.message)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s -> %s: %w", k.conn.LocalAddr(), k.conn.RemoteAddr(), err)
 	}
 	defer response.Body.Close()
 	if _, err := io.Copy(io.Discard, response.Body); err != nil {

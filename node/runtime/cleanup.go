@@ -71,8 +71,13 @@ func isContainer(pid int, id string) bool {
 	return err == nil && strings.Contains(string(data), id)
 }
 
-// shimPids finds shims by their command line, which names the address of the server they were made for.
+// shimPids finds shims by their command line, which names the address of the server they were made for. Only
+// in this mount namespace does that path mean our server: another machine made of namespaces has the same one.
 func shimPids(state string) ([]int, error) {
+	own, err := os.Readlink("/proc/self/ns/mnt")
+	if err != nil {
+		return nil, err
+	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
@@ -88,7 +93,10 @@ func shimPids(state string) ([]int, error) {
 			continue
 		}
 		args := strings.Split(string(data), "\x00")
-		if filepath.Base(args[0]) == shimName && slices.Contains(args, filepath.Join(state, "containerd.sock")) {
+		if filepath.Base(args[0]) != shimName || !slices.Contains(args, filepath.Join(state, "containerd.sock")) {
+			continue
+		}
+		if ns, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/mnt")); err == nil && ns == own {
 			pids = append(pids, pid)
 		}
 	}

@@ -36,6 +36,7 @@ type imageInfo struct {
 	config  ocispec.ImageConfig
 	size    int64
 
+	reading  sync.Mutex // held while the image's users are being read
 	mu       sync.Mutex
 	names    []string // sorted
 	digested string   // repository@digest
@@ -261,6 +262,9 @@ const maxUserDB = 4 << 20
 // users reads the image's user database, once. A container's root file system is the image's when its user
 // is looked up, so the image can be asked.
 func (r *Runtime) users(ctx context.Context, info *imageInfo) (userDB, error) {
+	// One reader at a time: they share the name of the snapshot to read from.
+	info.reading.Lock()
+	defer info.reading.Unlock()
 	info.mu.Lock()
 	known := info.users
 	info.mu.Unlock()

@@ -330,7 +330,7 @@ func TestSilentNode(t *testing.T) {
 			return fmt.Errorf("taints %s, conditions %v", got, n.Status.Conditions)
 		}
 		if n, err := readyAddresses(ctx); err != nil || n != 0 {
-			return fmt.Errorf("%d ready addresses, %v", n, err)
+			return fmt.Errorf("%d ready addresses, %w", n, err)
 		}
 		return nil
 	})

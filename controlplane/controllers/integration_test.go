@@ -305,7 +305,7 @@ func TestCluster(t *testing.T) {
 		if apierrors.IsNotFound(err) {
 			return nil
 		}
-		return fmt.Errorf("namespace is still there: %v %v", got.Status, err)
+		return fmt.Errorf("namespace is still there: %v %w", got.Status, err)
 	})
 }
 

@@ -111,7 +111,7 @@ func judge(d onDisk, dir string) error {
 	case errors.Is(d.dbErr, ErrLocked):
 		return fmt.Errorf("%w: another process has opened the database in %s; stop it", ErrLocked, dir)
 	case d.dbErr != nil:
-		return fmt.Errorf("%w: %s/member/snap/db: %v; %s", ErrCorrupt, dir, d.dbErr, remedy)
+		return fmt.Errorf("%w: %s/member/snap/db: %w; %s", ErrCorrupt, dir, d.dbErr, remedy)
 	case d.wal && !d.db:
 		return fmt.Errorf("%w: %s has a write-ahead log but no database; %s", ErrCorrupt, dir, remedy)
 	case !d.wal && d.committed:

@@ -9,6 +9,13 @@ need_root
 
 install_missing runc runc iptables iptables ip iproute2 busybox busybox-static
 
+# Some tests drive the API with kubectl, as a person would: the host's, or one built from the same
+# release that skep serves.
+if ! command -v kubectl >/dev/null 2>&1; then
+  go build -o .build/kubectl/kubectl k8s.io/kubernetes/cmd/kubectl
+  export PATH=$PATH:$PWD/.build/kubectl
+fi
+
 skips=$(mktemp)
 trap 'rm -f "$skips"' EXIT
 export SKEP_SKIPS=$skips

@@ -112,7 +112,7 @@ func start(t testing.TB, dir string, change ...func(*Config)) *testServer {
 // kubectl runs the system's kubectl with stdin and returns its output and error output.
 func (s *testServer) kubectl(t testing.TB, stdin string, args ...string) (string, error) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "/usr/bin/kubectl", append([]string{"--kubeconfig", s.kubeconfig, "--cache-dir", filepath.Dir(s.kubeconfig) + "/cache"}, args...)...)
+	cmd := exec.CommandContext(t.Context(), "kubectl", append([]string{"--kubeconfig", s.kubeconfig, "--cache-dir", filepath.Dir(s.kubeconfig) + "/cache"}, args...)...)
 	cmd.Stdin = strings.NewReader(stdin)
 	cmd.Env = append(os.Environ(), "HOME="+filepath.Dir(s.kubeconfig))
 	out, err := cmd.CombinedOutput()

@@ -221,7 +221,7 @@ func testNamespaces(t *testing.T, s *testServer) {
 func testWatch(t *testing.T, s *testServer) {
 	ctx, cancel := context.WithTimeout(t.Context(), generous)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "/usr/bin/kubectl", "--kubeconfig", s.kubeconfig, "get", "cm", "-n", "kube-public", "--watch", "--output-watch-events", "--no-headers")
+	cmd := exec.CommandContext(ctx, "kubectl", "--kubeconfig", s.kubeconfig, "get", "cm", "-n", "kube-public", "--watch", "--output-watch-events", "--no-headers")
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -310,11 +310,11 @@ func testServiceAccounts(t *testing.T, s *testServer) {
 			{"config", "set-context", "x", "--cluster", "c", "--user", "u"},
 			{"config", "use-context", "x"},
 		} {
-			if out, err := exec.Command("/usr/bin/kubectl", append([]string{"--kubeconfig", kubeconfig}, step...)...).CombinedOutput(); err != nil {
+			if out, err := exec.Command("kubectl", append([]string{"--kubeconfig", kubeconfig}, step...)...).CombinedOutput(); err != nil {
 				t.Fatalf("%v: %s", err, out)
 			}
 		}
-		out, err := exec.CommandContext(t.Context(), "/usr/bin/kubectl", append([]string{"--kubeconfig", kubeconfig}, args...)...).CombinedOutput()
+		out, err := exec.CommandContext(t.Context(), "kubectl", append([]string{"--kubeconfig", kubeconfig}, args...)...).CombinedOutput()
 		return string(out), err
 	}
 	if out, err := as("auth", "whoami", "-o", "jsonpath={.status.userInfo.username}"); err != nil || out != "system:serviceaccount:default:worker" {
@@ -450,7 +450,7 @@ func TestRestart(t *testing.T) {
 			t.Errorf("%s: %q before, %q after", key, uid, after[key])
 		}
 	}
-	out, err := exec.Command("/usr/bin/kubectl", "--kubeconfig", os.DevNull, "--server", s.address(), "--certificate-authority", s.pki.CAFile(), "--token", token,
+	out, err := exec.Command("kubectl", "--kubeconfig", os.DevNull, "--server", s.address(), "--certificate-authority", s.pki.CAFile(), "--token", token,
 		"auth", "whoami", "-o", "jsonpath={.status.userInfo.username}").CombinedOutput()
 	if err != nil || string(out) != "system:serviceaccount:default:worker" {
 		t.Errorf("a token from before the restart: %v %s", err, out)

@@ -39,7 +39,7 @@ func TestStopEndsWatches(t *testing.T) {
 		for range w.ResultChan() {
 		}
 	}()
-	cmd := exec.CommandContext(t.Context(), "/usr/bin/kubectl", "--kubeconfig", s.kubeconfig, "get", "ns", "--watch", "--no-headers")
+	cmd := exec.CommandContext(t.Context(), "kubectl", "--kubeconfig", s.kubeconfig, "get", "ns", "--watch", "--no-headers")
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -334,7 +334,7 @@ func TestExecSessions(t *testing.T) {
 	eventually(t, "the timed out process is gone", func() error {
 		pids, err := cgroup.Processes(n.container(id).Cgroup)
 		if err != nil || len(pids) != 1 {
-			return fmt.Errorf("%v, %v", pids, err)
+			return fmt.Errorf("%v, %w", pids, err)
 		}
 		return nil
 	})

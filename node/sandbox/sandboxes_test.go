@@ -183,7 +183,7 @@ func TestPodsReachOneAnotherAndAreAdopted(t *testing.T) {
 	}
 	err = inNamespace(pods[0].UTSNS, unix.CLONE_NEWUTS, func() error {
 		if h, err := os.Hostname(); err != nil || h != "a" {
-			return fmt.Errorf("hostname %q, %v", h, err)
+			return fmt.Errorf("hostname %q, %w", h, err)
 		}
 		return nil
 	})

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -71,6 +72,31 @@ func (n *Node) Leaks(ctx context.Context) ([]string, error) {
 	slices.Sort(found)
 	return found, nil
 }
+
+// Snapshot is what is on a machine while its server runs.
+type Snapshot struct {
+	Descriptors int // open in the server
+	things      leakList
+}
+
+// ownFiles are the server's stores, which grow as they like.
+var ownFiles = []string{"/var/lib/skep/server", "/var/lib/skep/containerd", "/run/skep/containerd/io.containerd.grpc.v1.cri"}
+
+// Snapshot lists what is on the machine now.
+func (n *Node) Snapshot(ctx context.Context) (Snapshot, error) {
+	things, err := n.leaks(ctx)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	things = slices.DeleteFunc(things, func(line string) bool {
+		return slices.ContainsFunc(ownFiles, func(path string) bool { return strings.Contains(line, "file "+path) })
+	})
+	open, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", n.server))
+	return Snapshot{Descriptors: len(open), things: things}, err
+}
+
+// Since lists what s has and an earlier snapshot has not.
+func (s Snapshot) Since(before Snapshot) []string { return leaks.New(before.things, s.things) }
 
 // Stop ends the server, resets the machine, looks for what is left, and removes everything. The
 // error names each leak; everything is gone even then.

@@ -37,6 +37,8 @@ import (
 //	killpod NAME             SIGKILL to the process of the pod's container
 //	registry [-login USER:PASSWORD] NAME:TAG=ARCHIVE...
 //	                         an image registry on the node until the script ends; sets REGISTRY
+//	snapshot                 remember what is on the node, and how much its server has open
+//	steady                   wait until that is so again
 //	[!] log PATTERN          the server's log has it, or has it not
 //	jsonpath VAR RESOURCE... PATH
 //	                         sets VAR to what `skep get RESOURCE... -o jsonpath=PATH` prints
@@ -50,6 +52,8 @@ func commands() map[string]func(*testscript.TestScript, bool, []string) {
 		"killpod":  killpodCommand,
 		"registry": registryCommand,
 		"log":      logCommand,
+		"snapshot": snapshotCommand,
+		"steady":   steadyCommand,
 	}
 }
 

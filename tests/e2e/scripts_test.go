@@ -132,6 +132,7 @@ type script struct {
 	newNode   func(args []string) (*cluster.Node, error)
 	namespace string
 	loads     map[string]*load
+	snapshot  cluster.Snapshot
 	stopped   bool
 }
 
@@ -145,6 +146,9 @@ func (s *script) environment(set func(key, value string)) {
 			key = pathEnv
 		}
 		set(key, value)
+	}
+	if dir, err := filepath.Abs(filepath.Join("..", "..", "examples")); err == nil {
+		set("EXAMPLES", dir)
 	}
 	set("NODE", s.node.Name)
 	set("NODE_IP", s.node.Addrs[0].String())

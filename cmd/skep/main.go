@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"k8s.io/component-base/cli"
 	cmdutil "k8s.io/kubectl/pkg/cmd/util"
 )
 
@@ -20,7 +21,7 @@ func main() {
 	// Server commands end orderly on the first signal; kubectl's verbs keep its own handling, so
 	// the signals are caught only where a command asks for them.
 	root := newRootCommand(os.Args, os.Stdin, os.Stdout, os.Stderr)
-	if err := root.Execute(); err != nil {
+	if err := cli.RunNoErrOutput(root); err != nil {
 		var failed exitError
 		if errors.As(err, &failed) {
 			if failed.message != "" {

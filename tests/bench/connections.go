@@ -19,8 +19,8 @@ import (
 	"skep.io/skep/tests/tools"
 )
 
-// connectionsSection opens connections from a pod: through a ClusterIP, straight to the other pod,
-// and between two clean namespaces that no skep and no netfilter rule has touched, in turn.
+// connectionsSection opens connections from a pod: through a ClusterIP, straight to the other pod, and
+// between clean namespaces, in turn.
 func connectionsSection(ctx context.Context, b *bench) (err error) {
 	n, err := b.node(ctx, "connections")
 	if err != nil {
@@ -31,21 +31,22 @@ func connectionsSection(ctx context.Context, b *bench) (err error) {
 	if err != nil {
 		return fmt.Errorf("%w\n%s", err, n.Diagnose(ctx, ""))
 	}
-	clean, err := newCleanPair(ctx, b)
+	clean, err := newCleanServer(ctx, b, n, client, server.uid)
 	if err != nil {
 		return err
 	}
 	defer clean.close()
 
 	for _, workers := range []int{1, 32} {
-		var service, direct, bare []float64
+		var service, direct, pair, routed []float64
 		for range b.samples(7) {
 			for _, side := range []struct {
 				rates   *[]float64
 				address string
 				tool    func(args ...string) (*exec.Cmd, error)
 			}{
-				{&bare, clean.address, clean.tool(ctx)},
+				{&pair, clean.direct, clean.tool(ctx)},
+				{&routed, clean.routed, clean.tool(ctx)},
 				{&direct, server.direct, podTool(ctx, n, client)},
 				{&service, server.service, podTool(ctx, n, client)},
 			} {
@@ -58,14 +59,24 @@ func connectionsSection(ctx context.Context, b *bench) (err error) {
 		}
 		ours := median(service)
 		what := fmt.Sprintf("new connections a second through a ClusterIP, %d at a time", workers)
-		b.add(what, fmt.Sprintf("%.0f", ours), fmt.Sprintf("direct to the pod %.0f", median(direct)), fmt.Sprintf("%.2f", ours/median(direct)), "")
-		b.add(what, fmt.Sprintf("%.0f", ours), fmt.Sprintf("clean namespaces %.0f", median(bare)), fmt.Sprintf("%.2f", ours/median(bare)), "0.95")
+		for _, beside := range []struct {
+			name  string
+			rates []float64
+			goal  string
+		}{
+			{"direct to the pod", direct, ""},
+			{"clean namespaces with a router between them, no netfilter", routed, ""},
+			{"clean namespaces on one veth pair, no netfilter", pair, "0.95"},
+		} {
+			b.add(what, fmt.Sprintf("%.0f", ours), fmt.Sprintf("%s %.0f", beside.name, median(beside.rates)),
+				fmt.Sprintf("%.2f", pairedRatio(service, beside.rates)), beside.goal)
+		}
 	}
 	return nil
 }
 
 // target is the server pod, by its address and by its service's.
-type target struct{ direct, service string }
+type target struct{ direct, service, uid string }
 
 // twoPods makes a client and a server; it returns the client's UID.
 func twoPods(ctx context.Context, n *cluster.Node) (client string, server target, err error) {
@@ -103,7 +114,7 @@ func twoPods(ctx context.Context, n *cluster.Node) (client string, server target
 	if err != nil {
 		return "", target{}, err
 	}
-	t := target{direct: fmt.Sprintf("%s:%d", addresses["server"], port), service: service.Spec.ClusterIP + ":80"}
+	t := target{direct: fmt.Sprintf("%s:%d", addresses["server"], port), service: service.Spec.ClusterIP + ":80", uid: uids["server"]}
 	for _, address := range []string{t.direct, t.service} {
 		cmd, err := n.PodTool(ctx, uids["client"], "first", address)
 		if err != nil {
@@ -141,55 +152,55 @@ func connect(tool func(args ...string) (*exec.Cmd, error), workers int, address 
 	return rate.PerSecond(), nil
 }
 
-// cleanPair is two machines joined by a veth, with the same server on one.
-type cleanPair struct {
-	lan     *cluster.LAN
-	other   *cluster.Machine
-	server  *exec.Cmd
-	address string
+// cleanServer is machines without skep, with the same server on one. Client and server have the pods'
+// shares of processors, so that a busy machine is as busy for them.
+type cleanServer struct {
+	*cluster.Clean
+	clientCPU      string
+	server         *exec.Cmd
+	direct, routed string
 }
 
-func newCleanPair(ctx context.Context, b *bench) (*cleanPair, error) {
-	lan, err := cluster.NewLAN(fmt.Sprintf("bench-clean-%d", os.Getpid()))
+func newCleanServer(ctx context.Context, b *bench, n *cluster.Node, client, server string) (*cleanServer, error) {
+	clientCPU, err := n.PodCPU(client)
 	if err != nil {
 		return nil, err
 	}
-	p := &cleanPair{lan: lan}
-	if err := p.serve(ctx, filepath.Join(filepath.Dir(b.built.Images), "web")); err != nil {
-		p.close()
+	serverCPU, err := n.PodCPU(server)
+	if err != nil {
 		return nil, err
 	}
-	return p, nil
-}
-
-func (p *cleanPair) serve(ctx context.Context, web string) error {
-	other, addr, err := p.lan.Pair(fmt.Sprintf("bench-other-%d", os.Getpid()))
+	machines, err := cluster.NewClean(ctx, fmt.Sprintf("bench-%d", os.Getpid()))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	p.other, p.address = other, fmt.Sprintf("%s:%d", addr, port)
-	p.server = other.Command(ctx, web)
-	p.server.Env = append(os.Environ(), "DRAIN_DELAY=0s")
-	if err := p.server.Start(); err != nil {
-		return err
+	c := &cleanServer{
+		Clean: machines, clientCPU: clientCPU,
+		direct: fmt.Sprintf("%s:%d", machines.Direct, port), routed: fmt.Sprintf("%s:%d", machines.Routed, port),
 	}
-	if out, err := p.lan.Tool(ctx, "first", p.address).CombinedOutput(); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
+	c.server = c.Server.CommandAs(ctx, serverCPU, filepath.Join(filepath.Dir(b.built.Images), "web"))
+	c.server.Env = append(os.Environ(), "DRAIN_DELAY=0s")
+	if err := c.server.Start(); err != nil {
+		c.Close()
+		return nil, err
 	}
-	return nil
+	for _, address := range []string{c.direct, c.routed} {
+		if out, err := c.Client.ToolAs(ctx, clientCPU, "first", address).CombinedOutput(); err != nil {
+			c.close()
+			return nil, fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	return c, nil
 }
 
-func (p *cleanPair) tool(ctx context.Context) func(args ...string) (*exec.Cmd, error) {
-	return func(args ...string) (*exec.Cmd, error) { return p.lan.Tool(ctx, args[0], args[1:]...), nil }
+func (c *cleanServer) tool(ctx context.Context) func(args ...string) (*exec.Cmd, error) {
+	return func(args ...string) (*exec.Cmd, error) {
+		return c.Client.ToolAs(ctx, c.clientCPU, args[0], args[1:]...), nil
+	}
 }
 
-func (p *cleanPair) close() {
-	if p.server != nil {
-		_ = p.server.Process.Kill()
-		_ = p.server.Wait()
-	}
-	if p.other != nil {
-		p.other.Close()
-	}
-	p.lan.Close()
+func (c *cleanServer) close() {
+	_ = c.server.Process.Kill()
+	_ = c.server.Wait()
+	c.Close()
 }

@@ -23,6 +23,18 @@ func quantile[T cmp.Ordered](samples []T, q float64) T {
 
 func median[T cmp.Ordered](samples []T) T { return quantile(samples, 0.5) }
 
+// pairedRatio is the median of a's samples over b's of the same round: what a busy machine does to a
+// round, it does to both.
+func pairedRatio(a, b []float64) float64 {
+	var ratios []float64
+	for i := range min(len(a), len(b)) {
+		if b[i] != 0 {
+			ratios = append(ratios, a[i]/b[i])
+		}
+	}
+	return median(ratios)
+}
+
 func milliseconds(d time.Duration) string {
 	if d < 10*time.Millisecond {
 		return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))

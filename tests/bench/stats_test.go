@@ -23,6 +23,16 @@ func TestQuantile(t *testing.T) {
 	}
 }
 
+func TestPairedRatio(t *testing.T) {
+	// A slow third round, slow for both, does not count.
+	if got := pairedRatio([]float64{90, 95, 9}, []float64{100, 100, 10}); got != 0.9 {
+		t.Errorf("pairedRatio = %v", got)
+	}
+	if got := pairedRatio(nil, []float64{1}); got != 0 {
+		t.Errorf("pairedRatio of nothing = %v", got)
+	}
+}
+
 func TestQuantileIsASample(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		samples := rapid.SliceOfN(rapid.Int(), 1, 50).Draw(t, "samples")

@@ -140,56 +140,5 @@ func up(h *netlink.Handle, names ...string) error {
 	return nil
 }
 
-// Pair makes a machine without skep, joined to this one by a veth of their own and nothing between
-// them, for comparisons. Its owner closes it.
-func (l *LAN) Pair(name string) (*Machine, netip.Addr, error) {
-	m, err := newMachine(name, setup{Hosts: "127.0.0.1 localhost\n"}, false)
-	if err != nil {
-		return nil, netip.Addr{}, err
-	}
-	addr, err := l.pair(m)
-	if err != nil {
-		m.stop()
-	}
-	return m, addr, err
-}
-
-func (l *LAN) pair(m *Machine) (netip.Addr, error) {
-	here, hereNS, err := l.links()
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	defer hereNS.Close()
-	defer here.Close()
-	there, thereNS, err := m.links()
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	defer thereNS.Close()
-	defer there.Close()
-	veth := &netlink.Veth{
-		LinkAttrs: netlink.LinkAttrs{Name: "pair0"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(int(thereNS)),
-	}
-	if err := here.LinkAdd(veth); err != nil {
-		return netip.Addr{}, fmt.Errorf("add veth: %w", err)
-	}
-	eth0, err := there.LinkByName("eth0")
-	if err != nil {
-		return netip.Addr{}, fmt.Errorf("find eth0 of %s: %w", m.name, err)
-	}
-	// RFC 5737's second range: the first is the LAN's.
-	addrs := []netip.Addr{netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("198.51.100.2")}
-	if err := addAddresses(here, veth, addrs[:1]); err != nil {
-		return netip.Addr{}, err
-	}
-	if err := addAddresses(there, eth0, addrs[1:]); err != nil {
-		return netip.Addr{}, err
-	}
-	if err := up(here, "pair0"); err != nil {
-		return netip.Addr{}, err
-	}
-	return addrs[1], up(there, "lo", "eth0")
-}
-
 // Close ends a machine that is no node; a network ends with the machine it lies on.
 func (m *Machine) Close() { m.stop() }

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -142,14 +143,69 @@ func (n *Node) KillPod(uid string) error {
 	return unix.Kill(pid, unix.SIGKILL)
 }
 
-// PodTool prepares one of this package's tools in the network and cgroup2 of a running pod: a client
-// whose sockets are a pod's.
+// cpuCgroup is the process's cgroup in the v1 hierarchy that shares processors out, or "" on a host
+// where cgroup2 does.
+func (n *Node) cpuCgroup(pid int) (string, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", err
+	}
+	for _, h := range n.all {
+		if h.V2 || !slices.Contains(strings.Split(h.Options, ","), "cpu") {
+			continue
+		}
+		for line := range strings.Lines(string(raw)) {
+			fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+			if len(fields) == 3 && slices.Contains(strings.Split(fields[1], ","), "cpu") {
+				return filepath.Join(h.Mount, fields[2]), nil
+			}
+		}
+	}
+	return "", nil
+}
+
+// PodCPU is the cgroup that gives a pod its share of processors, where that is another than the one
+// of its sockets; else "".
+func (n *Node) PodCPU(uid string) (string, error) {
+	pid, _, err := n.podProcess(uid)
+	if err != nil {
+		return "", err
+	}
+	return n.cpuCgroup(pid)
+}
+
+// CommandAs prepares a command in the machine's network, and in the given cgroup unless that is "". Its
+// files are the caller's.
+func (m *Machine) CommandAs(ctx context.Context, cgroup string, argv ...string) *exec.Cmd {
+	p := place{Pid: m.Pid(), NetOnly: true}
+	if cgroup != "" {
+		p.Cgroups = []string{cgroup}
+	}
+	args := append(self("enter", p.String()), argv...)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
+// ToolAs is CommandAs for one of package tools' programs.
+func (m *Machine) ToolAs(ctx context.Context, cgroup, role string, args ...string) *exec.Cmd {
+	return m.CommandAs(ctx, cgroup, self(role, args...)...)
+}
+
+// PodTool prepares one of this package's tools in the network and cgroup2 of a running pod, with its
+// share of processors: a client whose sockets are a pod's.
 func (n *Node) PodTool(ctx context.Context, uid, role string, args ...string) (*exec.Cmd, error) {
 	pid, dir, err := n.podProcess(uid)
 	if err != nil {
 		return nil, err
 	}
-	where := place{Pid: pid, Cgroups: []string{dir}, NetOnly: true}.String()
+	cgroups := []string{dir}
+	if cpu, err := n.cpuCgroup(pid); err != nil {
+		return nil, err
+	} else if cpu != "" {
+		cgroups = append(cgroups, cpu)
+	}
+	where := place{Pid: pid, Cgroups: cgroups, NetOnly: true}.String()
 	argv := append(self("enter", where), self(role, args...)...)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.WaitDelay = 5 * time.Second

@@ -125,6 +125,9 @@ func links() ([]string, error) {
 			return nil, err
 		}
 		for _, addr := range addrs {
+			if addr.IP.IsLinkLocalUnicast() {
+				continue // the kernel gives every link one, a moment after it came up
+			}
 			lines = append(lines, fmt.Sprintf("address %s on %s", addr.IPNet, a.Name))
 		}
 		qdiscs, err := netlink.QdiscList(l)
@@ -152,8 +155,8 @@ func routes() ([]string, error) {
 			if r.Type == unix.RTN_MULTICAST || r.Type == unix.RTN_ANYCAST || r.Protocol == unix.RTPROT_RA || r.Flags&unix.RTM_F_CLONED != 0 {
 				continue // the kernel's own, as traffic comes and forwarding is switched on
 			}
-			if r.Table == unix.RT_TABLE_LOCAL && r.Dst != nil && r.Dst.IP.IsLinkLocalUnicast() {
-				continue // follows its address, once nobody else claims that
+			if r.Table == unix.RT_TABLE_LOCAL || r.Dst != nil && r.Dst.IP.IsLinkLocalUnicast() {
+				continue // follow the addresses and links, which are compared, a moment after those
 			}
 			lines = append(lines, fmt.Sprintf("route table %d type %d %s via %s", r.Table, r.Type, r.Dst, r.Gw))
 		}

@@ -77,9 +77,9 @@ func TestScripts(t *testing.T) {
 		t.Fatal(err)
 	}
 	testscript.Run(t, testscript.Params{
-		Dir:                 "testdata/shared",
-		RequireUniqueNames:  true,
-		RequireExplicitExec: false,
+		Dir:                "testdata/shared",
+		WorkdirRoot:        t.TempDir(), // testscript's own stays when -run leaves scripts out
+		RequireUniqueNames: true,
 		Setup: func(env *testscript.Env) error {
 			s := &script{node: n, namespace: "e2e-" + filepath.Base(env.WorkDir)[len("script-"):]}
 			env.Values[scriptKey{}] = s
@@ -98,6 +98,7 @@ func TestOwn(t *testing.T) {
 	noDescriptors(t)
 	testscript.Run(t, testscript.Params{
 		Dir:                "testdata/own",
+		WorkdirRoot:        t.TempDir(),
 		RequireUniqueNames: true,
 		Setup: func(env *testscript.Env) error {
 			name := filepath.Base(env.WorkDir)[len("script-"):]

@@ -145,7 +145,7 @@ func explain(err error) error {
 	var v *ebpf.VerifierError
 	switch {
 	case errors.As(err, &v):
-		return fmt.Errorf("the kernel's verifier refuses it; this kernel may be too old (5.15 is the oldest meant to work): %w", err)
+		return fmt.Errorf("the kernel's verifier refuses it; this kernel may be too old (5.18 is the oldest meant to work): %w", err)
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("%w (needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON)", err)
 	case errors.Is(err, ebpf.ErrMapIncompatible):

@@ -113,10 +113,10 @@ func (h Host) kernel() Result {
 	}
 	var major, minor int
 	_, _ = fmt.Sscanf(name, "%d.%d", &major, &minor)
-	// 5.10 has what the programs cannot do without: sk_lookup (5.9), redirect_peer and
-	// redirect_neigh (5.10), ring buffers (5.8).
-	if major < 5 || major == 5 && minor < 10 {
-		return Result{Name: "kernel", Outcome: Missing, Detail: name, Remedy: "install Linux 5.10 or newer"}
+	// 5.18 has what the programs cannot do without: redirect_peer and redirect_neigh (5.10), the
+	// cookie of a network namespace (5.14), bpf_set_retval (5.18).
+	if major < 5 || major == 5 && minor < 18 {
+		return Result{Name: "kernel", Outcome: Missing, Detail: name, Remedy: "install Linux 5.18 or newer"}
 	}
 	return Result{Name: "kernel", Detail: name}
 }
@@ -126,8 +126,7 @@ func bpfFeatures() []BPFFeature {
 	return []BPFFeature{
 		{Name: "eBPF socket hooks", Program: ebpf.CGroupSockAddr, Required: true},
 		{Name: "eBPF socket storage", Program: ebpf.CGroupSockAddr, Helper: asm.FnSkStorageGet, Required: true},
-		{Name: "eBPF refusal of connections", Program: ebpf.CGroupSockAddr, Helper: asm.FnSetRetval,
-			Instead: "a connection to a service without endpoints fails with EPERM in place of ECONNREFUSED"},
+		{Name: "eBPF refusal of connections", Program: ebpf.CGroupSockAddr, Helper: asm.FnSetRetval, Required: true},
 		{Name: "eBPF on devices", Program: ebpf.SchedCLS, Required: true},
 		{Name: "eBPF redirect to pods", Program: ebpf.SchedCLS, Helper: asm.FnRedirectPeer, Required: true},
 		{Name: "eBPF redirect to neighbours", Program: ebpf.SchedCLS, Helper: asm.FnRedirectNeigh, Required: true},

@@ -66,7 +66,7 @@ func TestWhatIsLacking(t *testing.T) {
 		says  string
 	}{
 		{"not root", nil, func(h *Host) { h.EUID = 1000 }, "user", Missing, "sudo"},
-		{"old kernel", nil, func(h *Host) { h.KernelName = func() (string, error) { return "5.4.0", nil } }, "kernel", Missing, "5.10"},
+		{"old kernel", nil, func(h *Host) { h.KernelName = func() (string, error) { return "5.17.0", nil } }, "kernel", Missing, "5.18"},
 		{"no cgroups", map[string]string{"proc/self/mountinfo": ""}, nil, "cgroup controllers", Missing, "cpu, memory, pids"},
 		{"no cgroup2", map[string]string{"proc/self/mountinfo": strings.Split(hybrid, "34 ")[0]}, nil, "cgroup v2 hierarchy", Missing, "mount -t cgroup2"},
 		{"v2 without memory", map[string]string{

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+//go:build ignore
 /* The node's own devices: NodePorts and external addresses, asked from outside the node. */
 #include "nat.h"
 

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+//go:build ignore
 /* Hands connections to the node's addresses, on ports that the ingress answers, to its listener. */
 #include "counters.h"
 #include "endpoints.h"

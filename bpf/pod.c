@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+//go:build ignore
 /* Both directions of the node's end of a pod's veth. */
 #include "nat.h"
 

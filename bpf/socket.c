@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+//go:build ignore
 /*
  * Services at the socket: a connection to a service becomes, before its first packet, a connection
  * to one of its backends, so that its packets cost nothing. What the socket was told is kept in the

@@ -4,9 +4,9 @@
 //
 //	DIR/ca.{crt,key}                  signs servers, administrators, nodes
 //	DIR/front-proxy-ca.{crt,key}      signs only front-proxy-client: who holds a certificate of it
-//	DIR/front-proxy-client.{crt,key}  may assert any user to an aggregated API server
+//	DIR/front-proxy-client.pem        may assert any user to an aggregated API server
 //	DIR/service-account.{key,pub}     signs service-account tokens
-//	DIR/NAME.{crt,key}                kept by ServerFiles and ClientFiles
+//	DIR/NAME.pem                      certificate and key, kept by ServerFiles and ClientFiles
 //
 // Keys are ECDSA P-256. Files have mode 0600, the directory 0700; every file is written beside its
 // place, synced and renamed, so a crash leaves the old one or the new one.

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -18,10 +19,11 @@ import (
 	"time"
 )
 
-// Files are the paths of one certificate and its key.
+// Files are where a certificate and its key are: one file under both names, as the kubelet keeps its
+// own. Who reads it while it is replaced gets a whole pair, never halves of two.
 type Files struct{ Cert, Key string }
 
-// ServerFiles keeps a serving certificate for hosts under NAME.crt and NAME.key. It is issued anew
+// ServerFiles keeps a serving certificate for hosts, and its key, in NAME.pem. It is issued anew
 // when it lacks one of hosts, two thirds of its life are over, or another authority signed it.
 func (a *Authority) ServerFiles(name, cn string, hosts []string) (Files, error) {
 	return a.keep(name, a.ca, serverTemplate(cn, hosts))
@@ -41,28 +43,23 @@ func (a *Authority) FrontProxyClientFiles() (Files, error) {
 const FrontProxyClientName = "front-proxy-client"
 
 func (a *Authority) keep(name string, parent signer, want *x509.Certificate) (Files, error) {
-	files := Files{Cert: a.path(name + ".crt"), Key: a.path(name + ".key")}
-	certPEM, certErr := os.ReadFile(files.Cert)
-	keyPEM, keyErr := os.ReadFile(files.Key)
-	if certErr == nil && keyErr == nil {
+	path := a.path(name + ".pem")
+	files := Files{Cert: path, Key: path}
+	pairPEM, err := os.ReadFile(path)
+	switch {
+	case err == nil:
 		// A leaf can always be made again, so an unreadable one is only a reason to do so.
-		if have, err := parsePair(certPEM, keyPEM); err == nil && reissue(have.cert, want, parent.cert, a.now()) == "" {
+		if have, err := tls.X509KeyPair(pairPEM, pairPEM); err == nil && reissue(have.Leaf, want, parent.cert, a.now()) == "" {
 			return files, nil
 		}
-	}
-	for _, err := range []error{certErr, keyErr} {
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return Files{}, fmt.Errorf("pki: %w", err)
-		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return Files{}, fmt.Errorf("pki: %w", err)
 	}
 	certPEM, keyPEM, err := a.issue(parent, want)
 	if err != nil {
 		return Files{}, err
 	}
-	if err := writeFile(files.Key, keyPEM); err != nil {
-		return Files{}, fmt.Errorf("pki: %w", err)
-	}
-	if err := writeFile(files.Cert, certPEM); err != nil {
+	if err := writeFile(path, slices.Concat(certPEM, keyPEM)); err != nil {
 		return Files{}, fmt.Errorf("pki: %w", err)
 	}
 	return files, nil

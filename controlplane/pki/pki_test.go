@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -186,15 +187,59 @@ func TestKeepRenewsAndRepairs(t *testing.T) {
 	if bytes.Equal(old, renewed) {
 		t.Error("not renewed after 300 of 365 days")
 	}
-	// A crash between key and certificate leaves a pair that does not fit.
-	if err := os.WriteFile(files.Cert, old, 0o600); err != nil {
+	_, oldKey := pem.Decode(old)
+	other, _ := pem.Decode(renewed)
+	for damage, content := range map[string][]byte{
+		"another certificate's key": append(pem.EncodeToMemory(other), oldKey...),
+		"cut off":                   renewed[:len(renewed)/2],
+		"empty":                     nil,
+	} {
+		if err := os.WriteFile(files.Cert, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.ServerFiles("s", "cn", []string{"a"}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tls.LoadX509KeyPair(files.Cert, files.Key); err != nil {
+			t.Errorf("%s: %v", damage, err)
+		}
+	}
+}
+
+// A server that runs reads its certificate again as soon as the file changes: it must never find a
+// certificate with the key of another.
+func TestReplacedPairIsNeverHalf(t *testing.T) {
+	a := mustOpen(t, t.TempDir(), time.Now())
+	files, err := a.ServerFiles("s", "cn", nil)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.ServerFiles("s", "cn", []string{"a"}); err != nil {
-		t.Fatal(err)
+	if files.Cert != files.Key {
+		t.Fatalf("certificate in %s, key in %s: a reader can see one new and one old", files.Cert, files.Key)
 	}
-	if _, err := tls.LoadX509KeyPair(files.Cert, files.Key); err != nil {
-		t.Error(err)
+	done := make(chan error, 1)
+	go func() {
+		for i := range 100 {
+			if _, err := a.ServerFiles("s", "cn", []string{fmt.Sprint(i)}); err != nil {
+				done <- err
+				return
+			}
+		}
+		done <- nil
+	}()
+	for {
+		pair := read(t, files.Cert)
+		if _, err := tls.X509KeyPair(pair, pair); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+			return
+		default:
+		}
 	}
 }
 

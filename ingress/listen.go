@@ -6,33 +6,68 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
-// stallListener gives each connection a bound on how long one write may take, whichever protocol
-// writes: a client that does not read loses its connection.
-type stallListener struct {
+// clientListener bounds what clients can take: as many connections at once as slots has room for (the
+// next wait, the kernel's queue behind them), and each write has an end, whichever protocol writes: a
+// client that does not read loses its connection.
+type clientListener struct {
 	net.Listener
-	stall time.Duration
+	stall  time.Duration
+	slots  chan struct{} // one a connection; shared by the listeners of a server
+	open   prometheus.Gauge
+	closed chan struct{}
+	close  func() error
 }
 
-func (l stallListener) Accept() (net.Conn, error) {
+func newClientListener(l net.Listener, stall time.Duration, slots chan struct{}, open prometheus.Gauge) *clientListener {
+	c := &clientListener{Listener: l, stall: stall, slots: slots, open: open, closed: make(chan struct{})}
+	c.close = sync.OnceValue(func() error {
+		close(c.closed)
+		return l.Close()
+	})
+	return c
+}
+
+func (l *clientListener) Close() error { return l.close() }
+
+func (l *clientListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return &stallConn{Conn: c, stall: l.stall}, nil
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.closed:
+		c.Close()
+		return nil, net.ErrClosed
+	}
+	l.open.Inc()
+	return &clientConn{Conn: c, stall: l.stall, leave: sync.OnceFunc(func() {
+		l.open.Dec()
+		<-l.slots
+	})}, nil
 }
 
-type stallConn struct {
+type clientConn struct {
 	net.Conn
 	stall time.Duration
 	until atomic.Int64 // the write deadline in unix nanoseconds
 	owned atomic.Bool  // the caller set a deadline of its own
+	leave func()       // gives the slot back, once
 }
 
-func (c *stallConn) Write(p []byte) (int, error) {
+func (c *clientConn) Close() error {
+	defer c.leave()
+	return c.Conn.Close()
+}
+
+func (c *clientConn) Write(p []byte) (int, error) {
 	if c.owned.Load() {
 		return c.Conn.Write(p)
 	}
@@ -48,20 +83,20 @@ func (c *stallConn) Write(p []byte) (int, error) {
 
 // SetWriteDeadline gives way to the caller (crypto/tls allows its last alert five seconds) until it
 // is set to zero.
-func (c *stallConn) SetWriteDeadline(t time.Time) error {
+func (c *clientConn) SetWriteDeadline(t time.Time) error {
 	c.owned.Store(!t.IsZero())
 	c.until.Store(0)
 	return c.Conn.SetWriteDeadline(t)
 }
 
-func (c *stallConn) SetDeadline(t time.Time) error {
+func (c *clientConn) SetDeadline(t time.Time) error {
 	c.owned.Store(!t.IsZero())
 	c.until.Store(0)
 	return c.Conn.SetDeadline(t)
 }
 
 // CloseWrite passes an end of stream on.
-func (c *stallConn) CloseWrite() error {
+func (c *clientConn) CloseWrite() error {
 	if cw, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return cw.CloseWrite()
 	}

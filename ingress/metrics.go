@@ -12,13 +12,14 @@ import (
 // metrics are labelled by Ingress and class of status only: what a client sends never makes a new
 // series.
 type metrics struct {
-	requests *prometheus.CounterVec
-	latency  prometheus.Histogram
-	active   prometheus.Gauge
-	failures *prometheus.CounterVec
-	routes   prometheus.Gauge
-	certs    prometheus.Gauge
-	rebuilds prometheus.Counter
+	requests    *prometheus.CounterVec
+	latency     prometheus.Histogram
+	active      prometheus.Gauge
+	connections prometheus.Gauge
+	failures    *prometheus.CounterVec
+	routes      prometheus.Gauge
+	certs       prometheus.Gauge
+	rebuilds    prometheus.Counter
 
 	unrouted *requestCounters
 	mu       sync.Mutex
@@ -42,6 +43,9 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		active: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "skep_ingress_requests_active", Help: "Requests under way.",
 		}),
+		connections: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "skep_ingress_connections", Help: "Connections of clients that are open and served.",
+		}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "skep_ingress_backend_failures_total", Help: "Failures of backends: connect, reply (no proper head), body (cut off).",
 		}, []string{"stage"}),
@@ -51,7 +55,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		known:    map[string]*requestCounters{},
 	}
 	if reg != nil {
-		for _, c := range []prometheus.Collector{m.requests, m.latency, m.active, m.failures, m.routes, m.certs, m.rebuilds} {
+		for _, c := range []prometheus.Collector{m.requests, m.latency, m.active, m.connections, m.failures, m.routes, m.certs, m.rebuilds} {
 			if err := reg.Register(c); err != nil {
 				return nil, err
 			}

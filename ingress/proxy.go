@@ -39,6 +39,7 @@ type Limits struct {
 	HeaderBytes int           // of a request or a reply; 64 KiB
 	BodyBytes   int64         // of a request; 1 GiB
 	IdleConns   int           // kept connections to one backend; 256
+	Connections int           // of clients at once, each some 20 kB; 20,000
 }
 
 func (l Limits) withDefaults() Limits {
@@ -62,6 +63,9 @@ func (l Limits) withDefaults() Limits {
 	}
 	if l.IdleConns == 0 {
 		l.IdleConns = 256
+	}
+	if l.Connections == 0 {
+		l.Connections = 20_000
 	}
 	return l
 }

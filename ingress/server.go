@@ -242,6 +242,7 @@ func (s *Server) closeListeners() {
 // serve starts a server on each listener.
 func (s *Server) serve(wg *sync.WaitGroup) (servers []*http.Server, failed chan error) {
 	failed = make(chan error, 2)
+	slots := make(chan struct{}, s.cfg.Limits.Connections)
 	start := func(l net.Listener, run func(*http.Server, net.Listener) error) {
 		if l == nil {
 			return
@@ -249,7 +250,7 @@ func (s *Server) serve(wg *sync.WaitGroup) (servers []*http.Server, failed chan 
 		srv := s.newHTTPServer()
 		servers = append(servers, srv)
 		wg.Go(func() {
-			if err := run(srv, stallListener{l, s.cfg.Limits.ClientStall}); !errors.Is(err, http.ErrServerClosed) {
+			if err := run(srv, newClientListener(l, s.cfg.Limits.ClientStall, slots, s.proxy.metrics.connections)); !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("ingress: serving on %s: %w", l.Addr(), err)
 			}
 		})

@@ -11,7 +11,22 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 )
+
+// connectionBound is how many clients fit beside everything else in this process when it may open
+// that many files: a client and its backend take a descriptor each, and half of all are left to the
+// store, the runtime and watches, which fail when there is none.
+func connectionBound(files uint64) int { return int(max(1, min(20_000, files/4))) }
+
+// openFiles is RLIMIT_NOFILE, whose soft value Go raises to the hard one at start.
+func openFiles() uint64 {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 1024 // cannot fail for a known resource; this is every system's least default
+	}
+	return limit.Cur
+}
 
 // clientListener bounds what clients can take: as many connections at once as slots has room for (the
 // next wait, the kernel's queue behind them), and each write has an end, whichever protocol writes: a

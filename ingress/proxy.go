@@ -39,7 +39,7 @@ type Limits struct {
 	HeaderBytes int           // of a request or a reply; 64 KiB
 	BodyBytes   int64         // of a request; 1 GiB
 	IdleConns   int           // kept connections to one backend; 256
-	Connections int           // of clients at once, each some 20 kB; 20,000
+	Connections int           // of clients at once; 20,000, fewer where descriptors are scarce
 }
 
 func (l Limits) withDefaults() Limits {
@@ -65,7 +65,7 @@ func (l Limits) withDefaults() Limits {
 		l.IdleConns = 256
 	}
 	if l.Connections == 0 {
-		l.Connections = 20_000
+		l.Connections = connectionBound(openFiles())
 	}
 	return l
 }

@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -506,6 +507,14 @@ func TestSlowClientsLoseTheirConnection(t *testing.T) {
 			}
 		}
 		c.Close()
+	}
+}
+
+func TestConnectionBoundLeavesDescriptors(t *testing.T) {
+	for files, want := range map[uint64]int{0: 1, 1024: 256, 20_000: 5_000, 80_000: 20_000, 1 << 20: 20_000, math.MaxUint64: 20_000} {
+		if got := connectionBound(files); got != want {
+			t.Errorf("with %d files: %d connections, want %d", files, got, want)
+		}
 	}
 }
 

@@ -20,7 +20,8 @@ import (
 )
 
 // Files are where a certificate and its key are: one file under both names, as the kubelet keeps its
-// own. Who reads it while it is replaced gets a whole pair, never halves of two.
+// own. One read gets a whole pair, never halves of two. A reader that opens it twice, as upstream's
+// does, can still fall between two pairs; it reads again because the file changed.
 type Files struct{ Cert, Key string }
 
 // ServerFiles keeps a serving certificate for hosts, and its key, in NAME.pem. It is issued anew

@@ -271,7 +271,7 @@ func (c *Controller) create(ctx context.Context, rs *appsv1.ReplicaSet, n int) e
 		return fmt.Errorf("replica set %s: %w", key, err)
 	}
 	ref := metav1.NewControllerRef(rs, Kind)
-	created, err := slowStart(n, func() error {
+	created, err := runner.SlowStart(n, func(int) error {
 		err := c.podControl.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
 		if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
 			// Nothing more will come of this ReplicaSet; leave the expectation to its deletion.
@@ -297,7 +297,7 @@ func (c *Controller) delete(ctx context.Context, rs *appsv1.ReplicaSet, pods []*
 	if err := c.expectations.ExpectDeletions(logr.Discard(), key, keys); err != nil {
 		return fmt.Errorf("replica set %s: %w", key, err)
 	}
-	return inParallel(len(pods), func(i int) error {
+	return runner.InParallel(len(pods), func(i int) error {
 		err := c.podControl.DeletePod(ctx, rs.Namespace, pods[i].Name, rs)
 		if err == nil {
 			return nil

@@ -10,7 +10,6 @@ import (
 	"github.com/go-logr/logr"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
@@ -32,11 +31,10 @@ const (
 type Controller struct {
 	runner.Deps
 	queue        *runner.Queue
-	podControl   controller.PodControlInterface
+	pods         runner.Pods[*appsv1.ReplicaSet]
 	expectations *controller.UIDTrackingControllerExpectations
 	replicaSets  appslisters.ReplicaSetLister
 	byOwner      cache.Indexer
-	pods         cache.Indexer
 	synced       []cache.InformerSynced
 	terminating  bool
 }
@@ -46,14 +44,24 @@ func New(deps runner.Deps) (*Controller, error) {
 	replicaSets, pods := deps.Informers.Apps().V1().ReplicaSets(), deps.Informers.Core().V1().Pods()
 	c := &Controller{
 		Deps:         deps,
-		podControl:   controller.RealPodControl{KubeClient: deps.Client, Recorder: deps.Recorder("replicaset-controller")},
 		expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
 		replicaSets:  replicaSets.Lister(),
 		byOwner:      replicaSets.Informer().GetIndexer(),
-		pods:         pods.Informer().GetIndexer(),
 		terminating:  utilfeature.DefaultFeatureGate.Enabled(features.DeploymentReplicaSetTerminatingReplicas),
 	}
 	c.queue = runner.New("replicaset", workers, deps, c.sync)
+	c.pods = runner.Pods[*appsv1.ReplicaSet]{
+		Kind: Kind, Queue: c.queue, Expectations: c.expectations,
+		Control: controller.RealPodControl{KubeClient: deps.Client, Recorder: deps.Recorder("replicaset-controller")},
+		Indexer: pods.Informer().GetIndexer(),
+		Cached: func(namespace, name string) (*appsv1.ReplicaSet, error) {
+			return c.replicaSets.ReplicaSets(namespace).Get(name)
+		},
+		Fresh: func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.ReplicaSet, error) {
+			return deps.Client.AppsV1().ReplicaSets(namespace).Get(ctx, name, opts)
+		},
+		Matching: c.replicaSets.GetPodReplicaSets,
+	}
 	if err := controller.AddPodControllerIndexer(pods.Informer()); err != nil {
 		return nil, fmt.Errorf("index pods by owner: %w", err)
 	}
@@ -84,9 +92,7 @@ func New(deps runner.Deps) (*Controller, error) {
 	if err != nil {
 		return nil, err
 	}
-	podsSynced, err := runner.Watch(pods.Informer(), runner.Handlers[*corev1.Pod]{
-		Add: c.podAdded, Update: c.podUpdated, Delete: c.podGone,
-	})
+	podsSynced, err := runner.Watch(pods.Informer(), c.pods.Handlers())
 	if err != nil {
 		return nil, err
 	}
@@ -100,80 +106,6 @@ func (c *Controller) Run(ctx context.Context) error { return c.queue.Run(ctx, c.
 func (c *Controller) forget(rs *appsv1.ReplicaSet) {
 	c.expectations.DeleteExpectations(logr.Discard(), runner.Key(rs))
 	c.queue.Add(runner.Key(rs))
-}
-
-func (c *Controller) podAdded(pod *corev1.Pod) {
-	if pod.DeletionTimestamp != nil {
-		// Seen for the first time while it is already going: that is no creation that anybody waits for.
-		c.podGone(pod)
-		return
-	}
-	if metav1.GetControllerOfNoCopy(pod) == nil {
-		c.enqueueAdopters(pod)
-		return
-	}
-	if rs := c.owner(pod); rs != nil {
-		c.expectations.CreationObserved(logr.Discard(), runner.Key(rs))
-		c.queue.Add(runner.Key(rs))
-	}
-}
-
-func (c *Controller) podUpdated(old, cur *corev1.Pod) {
-	if old.ResourceVersion == cur.ResourceVersion {
-		return
-	}
-	if cur.DeletionTimestamp != nil {
-		// A pod that is going counts as gone, so that its successor need not wait for it.
-		c.podGone(cur)
-		if !apiequality.Semantic.DeepEqual(old.Labels, cur.Labels) {
-			c.podGone(old)
-		}
-		return
-	}
-	ownerChanged := !apiequality.Semantic.DeepEqual(metav1.GetControllerOfNoCopy(old), metav1.GetControllerOfNoCopy(cur))
-	if ownerChanged {
-		if rs := c.owner(old); rs != nil {
-			c.queue.Add(runner.Key(rs))
-		}
-	}
-	if metav1.GetControllerOfNoCopy(cur) != nil {
-		if rs := c.owner(cur); rs != nil {
-			c.queue.Add(runner.Key(rs))
-		}
-		return
-	}
-	if ownerChanged || !apiequality.Semantic.DeepEqual(old.Labels, cur.Labels) {
-		c.enqueueAdopters(cur)
-	}
-}
-
-func (c *Controller) podGone(pod *corev1.Pod) {
-	if rs := c.owner(pod); rs != nil {
-		c.expectations.DeletionObserved(logr.Discard(), runner.Key(rs), controller.PodKey(pod))
-		c.queue.Add(runner.Key(rs))
-	}
-}
-
-func (c *Controller) owner(pod *corev1.Pod) *appsv1.ReplicaSet {
-	ref := metav1.GetControllerOfNoCopy(pod)
-	if ref == nil || ref.Kind != Kind.Kind {
-		return nil
-	}
-	rs, err := c.replicaSets.ReplicaSets(pod.Namespace).Get(ref.Name)
-	if err != nil || rs.UID != ref.UID {
-		return nil
-	}
-	return rs
-}
-
-func (c *Controller) enqueueAdopters(pod *corev1.Pod) {
-	adopters, err := c.replicaSets.GetPodReplicaSets(pod)
-	if err != nil {
-		return // none matches
-	}
-	for _, rs := range adopters {
-		c.queue.Add(runner.Key(rs))
-	}
 }
 
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
@@ -214,24 +146,12 @@ func (c *Controller) snapshot(ctx context.Context, rs *appsv1.ReplicaSet) (Snaps
 	if err != nil {
 		return s, fmt.Errorf("replica set %s/%s: selector: %w", rs.Namespace, rs.Name, err)
 	}
-	pods, err := controller.FilterPodsByOwner(c.pods, &rs.ObjectMeta, Kind.Kind, true)
+	pods, err := c.pods.Candidates(rs)
 	if err != nil {
-		return s, fmt.Errorf("list pods of replica set %s/%s: %w", rs.Namespace, rs.Name, err)
+		return s, err
 	}
-	// Who was deleted must not adopt; only an uncached read can tell.
-	canAdopt := controller.RecheckDeletionTimestamp(func(ctx context.Context) (metav1.Object, error) {
-		fresh, err := c.Client.AppsV1().ReplicaSets(rs.Namespace).Get(ctx, rs.Name, metav1.GetOptions{})
-		if err != nil {
-			return nil, err
-		}
-		if fresh.UID != rs.UID {
-			return nil, fmt.Errorf("original ReplicaSet %s/%s is gone: got uid %s, wanted %s", rs.Namespace, rs.Name, fresh.UID, rs.UID)
-		}
-		return fresh, nil
-	})
-	refs := controller.NewPodControllerRefManager(c.podControl, rs, selector, Kind, canAdopt)
-	if s.Active, err = refs.ClaimPods(ctx, controller.FilterActivePods(logr.Discard(), pods)); err != nil {
-		return s, fmt.Errorf("claim pods of replica set %s/%s: %w", rs.Namespace, rs.Name, err)
+	if s.Active, err = c.pods.Claim(ctx, rs, selector, controller.FilterActivePods(logr.Discard(), pods)); err != nil {
+		return s, err
 	}
 	s.Terminating = controller.FilterClaimedPods(rs, selector, controller.FilterTerminatingPods(pods))
 	return s, nil
@@ -251,7 +171,7 @@ func (c *Controller) related(rs *appsv1.ReplicaSet) []*corev1.Pod {
 		if !ok {
 			continue
 		}
-		if own, err := controller.FilterPodsByOwner(c.pods, &sibling.ObjectMeta, Kind.Kind, false); err == nil {
+		if own, err := controller.FilterPodsByOwner(c.pods.Indexer, &sibling.ObjectMeta, Kind.Kind, false); err == nil {
 			pods = append(pods, own...)
 		}
 	}
@@ -272,7 +192,7 @@ func (c *Controller) create(ctx context.Context, rs *appsv1.ReplicaSet, n int) e
 	}
 	ref := metav1.NewControllerRef(rs, Kind)
 	created, err := runner.SlowStart(n, func(int) error {
-		err := c.podControl.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
+		err := c.pods.Control.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
 		if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
 			// Nothing more will come of this ReplicaSet; leave the expectation to its deletion.
 			return nil
@@ -298,7 +218,7 @@ func (c *Controller) delete(ctx context.Context, rs *appsv1.ReplicaSet, pods []*
 		return fmt.Errorf("replica set %s: %w", key, err)
 	}
 	return runner.InParallel(len(pods), func(i int) error {
-		err := c.podControl.DeletePod(ctx, rs.Namespace, pods[i].Name, rs)
+		err := c.pods.Control.DeletePod(ctx, rs.Namespace, pods[i].Name, rs)
 		if err == nil {
 			return nil
 		}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package runner
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/kubernetes/pkg/controller"
+)
+
+// Pods are the pods that objects of one kind own: who is woken by their events, and who adopts them.
+type Pods[T metav1.Object] struct {
+	Kind  schema.GroupVersionKind
+	Queue *Queue
+	// Expectations learn which creations and deletions were seen; nil if the controller has none.
+	Expectations *controller.UIDTrackingControllerExpectations
+	Control      controller.PodControlInterface
+	// Indexer is the pod informer's, with controller.AddPodControllerIndexer's index.
+	Indexer cache.Indexer
+	// Cached finds an owner in the cache, Fresh reads it from the API.
+	Cached func(namespace, name string) (T, error)
+	Fresh  func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (T, error)
+	// Matching are the owners whose selector fits a pod; an error stands for none.
+	Matching func(pod *corev1.Pod) ([]T, error)
+}
+
+// Owner is the cached object that controls pod. There is none if nothing of this kind controls it, or if what did
+// is gone, even if another of the same name has taken its place.
+func (p Pods[T]) Owner(pod *corev1.Pod) (owner T, ok bool) {
+	ref := metav1.GetControllerOfNoCopy(pod)
+	if ref == nil || ref.Kind != p.Kind.Kind {
+		return owner, false
+	}
+	if gv, err := schema.ParseGroupVersion(ref.APIVersion); err != nil || gv.Group != p.Kind.Group {
+		return owner, false
+	}
+	owner, err := p.Cached(pod.Namespace, ref.Name)
+	return owner, err == nil && owner.GetUID() == ref.UID
+}
+
+// Handlers wake the owners that an event concerns.
+func (p Pods[T]) Handlers() Handlers[*corev1.Pod] {
+	return Handlers[*corev1.Pod]{Add: p.added, Update: p.updated, Delete: p.gone}
+}
+
+func (p Pods[T]) added(pod *corev1.Pod) {
+	if pod.DeletionTimestamp != nil {
+		// Seen for the first time while it is already going: that is no creation that anybody waits for.
+		p.gone(pod)
+		return
+	}
+	if metav1.GetControllerOfNoCopy(pod) == nil {
+		p.wakeAdopters(pod)
+		return
+	}
+	if owner, ok := p.Owner(pod); ok {
+		if p.Expectations != nil {
+			p.Expectations.CreationObserved(logr.Discard(), Key(owner))
+		}
+		p.Queue.Add(Key(owner))
+	}
+}
+
+func (p Pods[T]) updated(old, cur *corev1.Pod) {
+	if old.ResourceVersion == cur.ResourceVersion {
+		return
+	}
+	if cur.DeletionTimestamp != nil {
+		// A pod that is going counts as gone, so that its successor need not wait for it.
+		p.gone(cur)
+		if !apiequality.Semantic.DeepEqual(old.Labels, cur.Labels) {
+			p.gone(old)
+		}
+		return
+	}
+	ownerChanged := !apiequality.Semantic.DeepEqual(metav1.GetControllerOfNoCopy(old), metav1.GetControllerOfNoCopy(cur))
+	if ownerChanged {
+		p.wake(old)
+	}
+	if metav1.GetControllerOfNoCopy(cur) != nil {
+		p.wake(cur)
+		return
+	}
+	if ownerChanged || !apiequality.Semantic.DeepEqual(old.Labels, cur.Labels) {
+		p.wakeAdopters(cur)
+	}
+}
+
+func (p Pods[T]) gone(pod *corev1.Pod) {
+	if owner, ok := p.Owner(pod); ok {
+		if p.Expectations != nil {
+			p.Expectations.DeletionObserved(logr.Discard(), Key(owner), controller.PodKey(pod))
+		}
+		p.Queue.Add(Key(owner))
+	}
+}
+
+func (p Pods[T]) wake(pod *corev1.Pod) {
+	if owner, ok := p.Owner(pod); ok {
+		p.Queue.Add(Key(owner))
+	}
+}
+
+func (p Pods[T]) wakeAdopters(pod *corev1.Pod) {
+	adopters, err := p.Matching(pod)
+	if err != nil {
+		return // none matches
+	}
+	for _, owner := range adopters {
+		p.Queue.Add(Key(owner))
+	}
+}
+
+// Candidates are the pods that owner controls, and those of its namespace that nobody does.
+func (p Pods[T]) Candidates(owner T) ([]*corev1.Pod, error) {
+	meta := &metav1.ObjectMeta{Namespace: owner.GetNamespace(), Name: owner.GetName(), UID: owner.GetUID()}
+	pods, err := controller.FilterPodsByOwner(p.Indexer, meta, p.Kind.Kind, true)
+	if err != nil {
+		return nil, fmt.Errorf("list pods of %s %s: %w", p.Kind.Kind, Key(owner), err)
+	}
+	return pods, nil
+}
+
+// Claim returns those of pods that are owner's, after it has adopted what selector matches and released what it
+// no longer does. Pods get the finalizers when they are adopted and lose them when they are released.
+func (p Pods[T]) Claim(ctx context.Context, owner T, selector labels.Selector, pods []*corev1.Pod, finalizers ...string) ([]*corev1.Pod, error) {
+	// Who was deleted must not adopt; only an uncached read can tell.
+	canAdopt := controller.RecheckDeletionTimestamp(func(ctx context.Context) (metav1.Object, error) {
+		fresh, err := p.Fresh(ctx, owner.GetNamespace(), owner.GetName(), metav1.GetOptions{})
+		if err != nil {
+			return nil, err
+		}
+		if fresh.GetUID() != owner.GetUID() {
+			return nil, fmt.Errorf("original %s %s is gone: got uid %s, wanted %s", p.Kind.Kind, Key(owner), fresh.GetUID(), owner.GetUID())
+		}
+		return fresh, nil
+	})
+	claimed, err := controller.NewPodControllerRefManager(p.Control, owner, selector, p.Kind, canAdopt, finalizers...).ClaimPods(ctx, pods)
+	if err != nil {
+		return nil, fmt.Errorf("claim pods of %s %s: %w", p.Kind.Kind, Key(owner), err)
+	}
+	return claimed, nil
+}

@@ -172,16 +172,8 @@ func (c *Controller) snapshot(ctx context.Context, d *appsv1.Deployment) (Snapsh
 	if err != nil {
 		return s, fmt.Errorf("list replica sets of %s: %w", d.Namespace, err)
 	}
-	// Who was deleted must not adopt; only an uncached read can tell.
-	canAdopt := controller.RecheckDeletionTimestamp(func(ctx context.Context) (metav1.Object, error) {
-		fresh, err := c.Client.AppsV1().Deployments(d.Namespace).Get(ctx, d.Name, metav1.GetOptions{})
-		if err != nil {
-			return nil, err
-		}
-		if fresh.UID != d.UID {
-			return nil, fmt.Errorf("original Deployment %s/%s is gone: got uid %s, wanted %s", d.Namespace, d.Name, fresh.UID, d.UID)
-		}
-		return fresh, nil
+	canAdopt := runner.CanAdopt(d, Kind.Kind, func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.Deployment, error) {
+		return c.Client.AppsV1().Deployments(namespace).Get(ctx, name, opts)
 	})
 	refs := controller.NewReplicaSetControllerRefManager(
 		controller.RealRSControl{KubeClient: c.Client, Recorder: c.recorder}, d, selector, Kind, canAdopt)

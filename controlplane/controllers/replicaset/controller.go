@@ -30,28 +30,26 @@ const (
 // Controller keeps ReplicaSets' pods in number.
 type Controller struct {
 	runner.Deps
-	queue        *runner.Queue
-	pods         runner.Pods[*appsv1.ReplicaSet]
-	expectations *controller.UIDTrackingControllerExpectations
-	replicaSets  appslisters.ReplicaSetLister
-	byOwner      cache.Indexer
-	synced       []cache.InformerSynced
-	terminating  bool
+	queue       *runner.Queue
+	pods        runner.Pods[*appsv1.ReplicaSet]
+	replicaSets appslisters.ReplicaSetLister
+	byOwner     cache.Indexer
+	synced      []cache.InformerSynced
+	terminating bool
 }
 
 // New registers the controller with the shared informers.
 func New(deps runner.Deps) (*Controller, error) {
 	replicaSets, pods := deps.Informers.Apps().V1().ReplicaSets(), deps.Informers.Core().V1().Pods()
 	c := &Controller{
-		Deps:         deps,
-		expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
-		replicaSets:  replicaSets.Lister(),
-		byOwner:      replicaSets.Informer().GetIndexer(),
-		terminating:  utilfeature.DefaultFeatureGate.Enabled(features.DeploymentReplicaSetTerminatingReplicas),
+		Deps:        deps,
+		replicaSets: replicaSets.Lister(),
+		byOwner:     replicaSets.Informer().GetIndexer(),
+		terminating: utilfeature.DefaultFeatureGate.Enabled(features.DeploymentReplicaSetTerminatingReplicas),
 	}
 	c.queue = runner.New("replicaset", workers, deps, c.sync)
 	c.pods = runner.Pods[*appsv1.ReplicaSet]{
-		Kind: Kind, Queue: c.queue, Expectations: c.expectations,
+		Kind: Kind, Queue: c.queue, Expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
 		Control: controller.RealPodControl{KubeClient: deps.Client, Recorder: deps.Recorder("replicaset-controller")},
 		Indexer: pods.Informer().GetIndexer(),
 		Cached: func(namespace, name string) (*appsv1.ReplicaSet, error) {
@@ -104,7 +102,7 @@ func New(deps runner.Deps) (*Controller, error) {
 func (c *Controller) Run(ctx context.Context) error { return c.queue.Run(ctx, c.synced...) }
 
 func (c *Controller) forget(rs *appsv1.ReplicaSet) {
-	c.expectations.DeleteExpectations(logr.Discard(), runner.Key(rs))
+	c.pods.Forget(runner.Key(rs))
 	c.queue.Add(runner.Key(rs))
 }
 
@@ -115,14 +113,13 @@ func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error
 	}
 	rs, err := c.replicaSets.ReplicaSets(namespace).Get(name)
 	if apierrors.IsNotFound(err) {
-		c.expectations.DeleteExpectations(logr.Discard(), key)
+		c.pods.Forget(key)
 		return 0, nil
 	}
 	if err != nil {
 		return 0, fmt.Errorf("read replica set %s: %w", key, err)
 	}
-	// Ask before reading the pods: an event that comes in between can only make the answer too careful.
-	settled := c.expectations.SatisfiedExpectations(logr.Discard(), key)
+	settled := c.pods.Settled(key)
 	s, err := c.snapshot(ctx, rs)
 	if err != nil {
 		return 0, err
@@ -136,7 +133,7 @@ func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error
 	if err := c.writeStatus(ctx, rs, Status(s, failure, c.terminating, now)); err != nil {
 		return 0, err
 	}
-	return UntilAvailable(s, now), failure
+	return runner.UntilAvailable(s.Active, rs.Spec.MinReadySeconds, now), failure
 }
 
 // snapshot gathers the ReplicaSet's pods, adopting and releasing on the way.
@@ -179,79 +176,21 @@ func (c *Controller) related(rs *appsv1.ReplicaSet) []*corev1.Pod {
 }
 
 func (c *Controller) apply(ctx context.Context, rs *appsv1.ReplicaSet, plan Plan) error {
-	if plan.Create > 0 {
-		return c.create(ctx, rs, plan.Create)
-	}
-	return c.delete(ctx, rs, plan.Delete)
-}
-
-func (c *Controller) create(ctx context.Context, rs *appsv1.ReplicaSet, n int) error {
-	key := runner.Key(rs)
-	if err := c.expectations.ExpectCreations(logr.Discard(), key, n); err != nil {
-		return fmt.Errorf("replica set %s: %w", key, err)
-	}
 	ref := metav1.NewControllerRef(rs, Kind)
-	created, err := runner.SlowStart(n, func(int) error {
-		err := c.pods.Control.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
-		if apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause) {
-			// Nothing more will come of this ReplicaSet; leave the expectation to its deletion.
-			return nil
-		}
-		return err
-	})
-	for range n - created {
-		c.expectations.CreationObserved(logr.Discard(), key)
-	}
-	return err
-}
-
-func (c *Controller) delete(ctx context.Context, rs *appsv1.ReplicaSet, pods []*corev1.Pod) error {
-	if len(pods) == 0 {
-		return nil
-	}
-	key := runner.Key(rs)
-	keys := make([]string, len(pods))
-	for i, pod := range pods {
-		keys[i] = controller.PodKey(pod)
-	}
-	if err := c.expectations.ExpectDeletions(logr.Discard(), key, keys); err != nil {
-		return fmt.Errorf("replica set %s: %w", key, err)
-	}
-	return runner.InParallel(len(pods), func(i int) error {
-		err := c.pods.Control.DeletePod(ctx, rs.Namespace, pods[i].Name, rs)
-		if err == nil {
-			return nil
-		}
-		c.expectations.DeletionObserved(logr.Discard(), key, keys[i])
-		if apierrors.IsNotFound(err) {
-			return nil
-		}
-		return err
+	return c.pods.Act(ctx, rs, plan.Create, func(int) error {
+		return c.pods.Control.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
+	}, plan.Delete, func(pod *corev1.Pod) error {
+		return c.pods.Control.DeletePod(ctx, pod.Namespace, pod.Name, rs)
 	})
 }
 
-// writeStatus tries once more with a fresh read if somebody wrote in between, since spec changes and status
-// changes of a ReplicaSet meet all the time during a rollout.
 func (c *Controller) writeStatus(ctx context.Context, rs *appsv1.ReplicaSet, status appsv1.ReplicaSetStatus) error {
 	if !StatusChanged(rs.Status, status) {
 		return nil
 	}
-	client := c.Client.AppsV1().ReplicaSets(rs.Namespace)
-	write := func(to *appsv1.ReplicaSet) error {
-		changed := *to
+	return runner.WriteStatus(ctx, c.Client.AppsV1().ReplicaSets(rs.Namespace), rs, func(rs *appsv1.ReplicaSet) *appsv1.ReplicaSet {
+		changed := *rs
 		changed.Status = status
-		_, err := client.UpdateStatus(ctx, &changed, metav1.UpdateOptions{})
-		return err
-	}
-	err := write(rs)
-	if apierrors.IsConflict(err) {
-		fresh, getErr := client.Get(ctx, rs.Name, metav1.GetOptions{})
-		if getErr == nil && fresh.UID == rs.UID {
-			err = write(fresh)
-		}
-	}
-	if err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("update status of replica set %s/%s: %w", rs.Namespace, rs.Name, err)
-	}
-	return nil
+		return &changed
+	})
 }

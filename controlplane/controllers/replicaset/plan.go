@@ -122,26 +122,3 @@ func Status(s Snapshot, failure error, terminatingReplicas bool, now time.Time) 
 func StatusChanged(old, cur appsv1.ReplicaSetStatus) bool {
 	return !apiequality.Semantic.DeepEqual(old, cur)
 }
-
-// UntilAvailable is how long it takes until the next ready pod has been ready for minReadySeconds; zero if
-// none waits for that.
-func UntilAvailable(s Snapshot, now time.Time) time.Duration {
-	minReady := time.Duration(s.ReplicaSet.Spec.MinReadySeconds) * time.Second
-	if minReady == 0 {
-		return 0
-	}
-	var next time.Duration
-	for _, pod := range s.Active {
-		ready := podutil.GetPodReadyCondition(pod.Status)
-		if ready == nil || ready.Status != corev1.ConditionTrue || ready.LastTransitionTime.IsZero() {
-			continue
-		}
-		if d := ready.LastTransitionTime.Add(minReady).Sub(now); d >= 0 && !podutil.IsPodAvailable(pod, s.ReplicaSet.Spec.MinReadySeconds, metav1.NewTime(now)) {
-			// A moment more: availability begins strictly after the last second.
-			if d += time.Millisecond; next == 0 || d < next {
-				next = d
-			}
-		}
-	}
-	return next
-}

@@ -13,6 +13,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"pgregory.net/rapid"
+
+	"skep.io/skep/controlplane/controllers/runner"
 )
 
 var now = time.Unix(1700000000, 0)
@@ -142,7 +144,7 @@ func TestStatus(t *testing.T) {
 	if got.ObservedGeneration != 7 {
 		t.Errorf("observed generation %d", got.ObservedGeneration)
 	}
-	if d := UntilAvailable(s, now); d != 6*time.Second+time.Millisecond {
+	if d := runner.UntilAvailable(s.Active, rs.Spec.MinReadySeconds, now); d != 6*time.Second+time.Millisecond {
 		t.Errorf("next check in %v", d)
 	}
 	if Status(s, nil, false, now).TerminatingReplicas != nil {

@@ -28,6 +28,8 @@ type Pods[T metav1.Object] struct {
 	// Cached finds an owner in the cache, Fresh reads it from the API.
 	Cached func(namespace, name string) (T, error)
 	Fresh  func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (T, error)
+	// Member, if set, says which pods owner may have beyond what its selector says.
+	Member func(owner T, pod *corev1.Pod) bool
 	// Matching are the owners whose selector fits a pod; an error stands for none.
 	Matching func(pod *corev1.Pod) ([]T, error)
 }
@@ -132,20 +134,31 @@ func (p Pods[T]) Candidates(owner T) ([]*corev1.Pod, error) {
 // Claim returns those of pods that are owner's, after it has adopted what selector matches and released what it
 // no longer does. Pods get the finalizers when they are adopted and lose them when they are released.
 func (p Pods[T]) Claim(ctx context.Context, owner T, selector labels.Selector, pods []*corev1.Pod, finalizers ...string) ([]*corev1.Pod, error) {
-	// Who was deleted must not adopt; only an uncached read can tell.
-	canAdopt := controller.RecheckDeletionTimestamp(func(ctx context.Context) (metav1.Object, error) {
-		fresh, err := p.Fresh(ctx, owner.GetNamespace(), owner.GetName(), metav1.GetOptions{})
-		if err != nil {
-			return nil, err
-		}
-		if fresh.GetUID() != owner.GetUID() {
-			return nil, fmt.Errorf("original %s %s is gone: got uid %s, wanted %s", p.Kind.Kind, Key(owner), fresh.GetUID(), owner.GetUID())
-		}
-		return fresh, nil
+	claimed, err := controller.NewPodControllerRefManager(p.Control, owner, selector, p.Kind, p.CanAdopt(owner), finalizers...).ClaimPods(ctx, pods, func(pod *corev1.Pod) bool {
+		return p.Member == nil || p.Member(owner, pod)
 	})
-	claimed, err := controller.NewPodControllerRefManager(p.Control, owner, selector, p.Kind, canAdopt, finalizers...).ClaimPods(ctx, pods)
 	if err != nil {
 		return nil, fmt.Errorf("claim pods of %s %s: %w", p.Kind.Kind, Key(owner), err)
 	}
 	return claimed, nil
+}
+
+// CanAdopt returns a check for owner's adoptions, done once for all of them: who was deleted must not adopt, and
+// only an uncached read can tell.
+func (p Pods[T]) CanAdopt(owner T) func(context.Context) error {
+	return CanAdopt(owner, p.Kind.Kind, p.Fresh)
+}
+
+// CanAdopt is Pods.CanAdopt for owners of something else than pods. Fresh reads the owner from the API.
+func CanAdopt[T metav1.Object](owner T, kind string, fresh func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (T, error)) func(context.Context) error {
+	return controller.RecheckDeletionTimestamp(func(ctx context.Context) (metav1.Object, error) {
+		now, err := fresh(ctx, owner.GetNamespace(), owner.GetName(), metav1.GetOptions{})
+		if err != nil {
+			return nil, err
+		}
+		if now.GetUID() != owner.GetUID() {
+			return nil, fmt.Errorf("original %s %s is gone: got uid %s, wanted %s", kind, Key(owner), now.GetUID(), owner.GetUID())
+		}
+		return now, nil
+	})
 }

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"skep.io/skep/dataplane/maps"
+)
+
+// kernel is a Store in memory that fails at random, sometimes after it did the work.
+type kernel struct {
+	policy     map[maps.PolicyKey]bool
+	identities map[maps.IdentityKey]uint32
+	slots      map[uint32]maps.PolicySets
+	drops      map[uint32]uint64
+	state      maps.PolicyState
+
+	fail func() bool
+	look func() // after every step
+	// What programs that still run may have read, by slot.
+	readers map[uint32][]maps.PolicySets
+	writes  int
+}
+
+var errInjected = errors.New("injected")
+
+func newKernel() *kernel {
+	return &kernel{
+		policy: map[maps.PolicyKey]bool{}, identities: map[maps.IdentityKey]uint32{}, slots: map[uint32]maps.PolicySets{},
+		drops: map[uint32]uint64{}, readers: map[uint32][]maps.PolicySets{}, fail: func() bool { return false }, look: func() {},
+	}
+}
+
+func (k *kernel) step(f func()) error {
+	if k.fail() {
+		return errInjected
+	}
+	k.writes++
+	f()
+	k.look()
+	if k.fail() {
+		return errInjected
+	}
+	return nil
+}
+
+func (k *kernel) PutPolicy(keys []maps.PolicyKey) error {
+	for _, key := range keys {
+		if err := k.step(func() { k.policy[key] = true }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *kernel) DeletePolicy(keys []maps.PolicyKey) error {
+	for _, key := range keys {
+		if err := k.step(func() { delete(k.policy, key) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *kernel) PutIdentity(key maps.IdentityKey, peer uint32) error {
+	return k.step(func() { k.identities[key] = peer })
+}
+
+func (k *kernel) DeleteIdentity(key maps.IdentityKey) error {
+	return k.step(func() { delete(k.identities, key) })
+}
+
+func (k *kernel) PutPolicySets(slot uint32, s maps.PolicySets) error {
+	return k.step(func() {
+		if old, ok := k.slots[slot]; ok {
+			k.readers[slot] = append(k.readers[slot], old)
+		}
+		k.slots[slot] = s
+	})
+}
+
+func (k *kernel) PutPolicyState(s maps.PolicyState) error { return k.step(func() { k.state = s }) }
+func (k *kernel) CountPolicyDrops(set uint32) error       { return k.step(func() { k.drops[set] += 0 }) }
+func (k *kernel) PolicyDrops(set uint32) (uint64, error)  { return k.drops[set], nil }
+func (k *kernel) ForgetPolicyDrops(set uint32) error      { return k.step(func() { delete(k.drops, set) }) }
+func (k *kernel) WaitReaders() error                      { return k.step(func() { clear(k.readers) }) }
+
+// allows is set_allows of bpf/policy.h.
+func (k *kernel) allows(set uint32, peer netip.Addr, proto uint8, port uint16) bool {
+	switch set {
+	case 0:
+		return true
+	case maps.PolicyClosed:
+		return false
+	}
+	for _, peer := range []uint32{maps.PeerAny, k.peer(maps.EpochOf(set), peer), k.peer(set, peer)} {
+		for bits := range 17 {
+			mask := uint16(0xffff << (16 - bits))
+			key := maps.PolicyKey{Bits: uint32(maps.PolicyBitsProto + bits), Set: set, Peer: peer, Proto: proto, Port: maps.PortOf(port & mask)}
+			if k.policy[key] {
+				return true
+			}
+		}
+		if k.policy[maps.PolicyKey{Bits: maps.PolicyBitsPeer, Set: set, Peer: peer}] {
+			return true
+		}
+	}
+	return false
+}
+
+// peer finds the longest prefix.
+func (k *kernel) peer(scope uint32, a netip.Addr) uint32 {
+	a16 := netip.AddrFrom16(a.As16())
+	for bits := 128; bits >= 0; bits-- {
+		p, _ := a16.Prefix(bits)
+		if peer, ok := k.identities[maps.IdentityKey{Bits: uint32(32 + bits), Scope: scope, Addr: p.Addr().As16()}]; ok {
+			return peer
+		}
+	}
+	return 0
+}
+
+func (k *kernel) String() string {
+	return fmt.Sprintf("%d entries, %d identities, slots %v, %d counters, state %v", len(k.policy), len(k.identities), k.slots, len(k.drops), k.state)
+}

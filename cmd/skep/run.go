@@ -206,8 +206,8 @@ func (p *process) client(user string, groups ...string) (kubernetes.Interface, e
 	return kubernetes.NewForConfig(p.config(user, groups...))
 }
 
-// announce writes the administrator's kubeconfig once the API is ready, and gives back the memory
-// that starting took.
+// announce writes the administrator's kubeconfig once the API is ready, and settles the process
+// when starting is over: it gives memory back and lets timers wait for each other.
 func (p *process) announce(ctx context.Context, started time.Time) error {
 	select {
 	case <-p.server.Ready():
@@ -227,6 +227,9 @@ func (p *process) announce(ctx context.Context, started time.Time) error {
 	select {
 	case <-time.After(10 * time.Second): // nothing says when the last informer has read its first list
 		giveBackMemory(p.log)
+		if err := coalesceTimers(); err != nil {
+			p.log.Debug("timers stay precise, which costs an idle server processor time", "error", err)
+		}
 	case <-ctx.Done():
 	}
 	return nil

@@ -152,21 +152,21 @@ func connect(tool func(args ...string) (*exec.Cmd, error), workers int, address 
 	return rate.PerSecond(), nil
 }
 
-// cleanServer is machines without skep, with the same server on one. Client and server have the pods'
-// shares of processors, so that a busy machine is as busy for them.
+// cleanServer is machines without skep, with the same server on one. Client and server are accounted to
+// the pods' cgroups: a busy machine is as busy for them, and their sockets' memory is charged as a pod's.
 type cleanServer struct {
 	*cluster.Clean
-	clientCPU      string
+	clientAs       []string // cgroups
 	server         *exec.Cmd
 	direct, routed string
 }
 
 func newCleanServer(ctx context.Context, b *bench, n *cluster.Node, client, server string) (*cleanServer, error) {
-	clientCPU, err := n.PodCPU(client)
+	clientAs, err := n.PodAccounts(client)
 	if err != nil {
 		return nil, err
 	}
-	serverCPU, err := n.PodCPU(server)
+	serverAs, err := n.PodAccounts(server)
 	if err != nil {
 		return nil, err
 	}
@@ -175,17 +175,17 @@ func newCleanServer(ctx context.Context, b *bench, n *cluster.Node, client, serv
 		return nil, err
 	}
 	c := &cleanServer{
-		Clean: machines, clientCPU: clientCPU,
+		Clean: machines, clientAs: clientAs,
 		direct: fmt.Sprintf("%s:%d", machines.Direct, port), routed: fmt.Sprintf("%s:%d", machines.Routed, port),
 	}
-	c.server = c.Server.CommandAs(ctx, serverCPU, filepath.Join(filepath.Dir(b.built.Images), "web"))
+	c.server = c.Server.CommandAs(ctx, serverAs, filepath.Join(filepath.Dir(b.built.Images), "web"))
 	c.server.Env = append(os.Environ(), "DRAIN_DELAY=0s")
 	if err := c.server.Start(); err != nil {
 		c.Close()
 		return nil, err
 	}
 	for _, address := range []string{c.direct, c.routed} {
-		if out, err := c.Client.ToolAs(ctx, clientCPU, "first", address).CombinedOutput(); err != nil {
+		if out, err := c.Client.ToolAs(ctx, clientAs, "first", address).CombinedOutput(); err != nil {
 			c.close()
 			return nil, fmt.Errorf("%w: %s", err, out)
 		}
@@ -195,7 +195,7 @@ func newCleanServer(ctx context.Context, b *bench, n *cluster.Node, client, serv
 
 func (c *cleanServer) tool(ctx context.Context) func(args ...string) (*exec.Cmd, error) {
 	return func(args ...string) (*exec.Cmd, error) {
-		return c.Client.ToolAs(ctx, c.clientCPU, args[0], args[1:]...), nil
+		return c.Client.ToolAs(ctx, c.clientAs, args[0], args[1:]...), nil
 	}
 }
 

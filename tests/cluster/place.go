@@ -143,44 +143,48 @@ func (n *Node) KillPod(uid string) error {
 	return unix.Kill(pid, unix.SIGKILL)
 }
 
-// cpuCgroup is the process's cgroup in the v1 hierarchy that shares processors out, or "" on a host
-// where cgroup2 does.
-func (n *Node) cpuCgroup(pid int) (string, error) {
+// accounted are the controllers whose bookkeeping a socket pays for: who gets the processor, and which
+// cgroup a connection's memory is charged to.
+var accounted = []string{"cpu", "memory"}
+
+// accounts are the process's cgroups in the v1 hierarchies of the accounted controllers; none on a
+// host where cgroup2 has them.
+func (n *Node) accounts(pid int) ([]string, error) {
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	for _, h := range n.all {
-		if h.V2 || !slices.Contains(strings.Split(h.Options, ","), "cpu") {
-			continue
-		}
-		for line := range strings.Lines(string(raw)) {
-			fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
-			if len(fields) == 3 && slices.Contains(strings.Split(fields[1], ","), "cpu") {
-				return filepath.Join(h.Mount, fields[2]), nil
+	var dirs []string
+	for _, controller := range accounted {
+		for _, h := range n.all {
+			if h.V2 || !slices.Contains(strings.Split(h.Options, ","), controller) {
+				continue
+			}
+			for line := range strings.Lines(string(raw)) {
+				fields := strings.SplitN(strings.TrimSpace(line), ":", 3)
+				if len(fields) == 3 && slices.Contains(strings.Split(fields[1], ","), controller) {
+					dirs = append(dirs, filepath.Join(h.Mount, fields[2]))
+				}
 			}
 		}
 	}
-	return "", nil
+	return dirs, nil
 }
 
-// PodCPU is the cgroup that gives a pod its share of processors, where that is another than the one
-// of its sockets; else "".
-func (n *Node) PodCPU(uid string) (string, error) {
+// PodAccounts are the cgroups that a pod's processor time and memory are accounted to, where those
+// are others than the one of its sockets' programs.
+func (n *Node) PodAccounts(uid string) ([]string, error) {
 	pid, _, err := n.podProcess(uid)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	return n.cpuCgroup(pid)
+	return n.accounts(pid)
 }
 
-// CommandAs prepares a command in the machine's network, and in the given cgroup unless that is "". Its
-// files are the caller's.
-func (m *Machine) CommandAs(ctx context.Context, cgroup string, argv ...string) *exec.Cmd {
-	p := place{Pid: m.Pid(), NetOnly: true}
-	if cgroup != "" {
-		p.Cgroups = []string{cgroup}
-	}
+// CommandAs prepares a command in the machine's network and in the given cgroups. Its files are the
+// caller's.
+func (m *Machine) CommandAs(ctx context.Context, cgroups []string, argv ...string) *exec.Cmd {
+	p := place{Pid: m.Pid(), NetOnly: true, Cgroups: cgroups}
 	args := append(self("enter", p.String()), argv...)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.WaitDelay = 5 * time.Second
@@ -188,24 +192,22 @@ func (m *Machine) CommandAs(ctx context.Context, cgroup string, argv ...string) 
 }
 
 // ToolAs is CommandAs for one of package tools' programs.
-func (m *Machine) ToolAs(ctx context.Context, cgroup, role string, args ...string) *exec.Cmd {
-	return m.CommandAs(ctx, cgroup, self(role, args...)...)
+func (m *Machine) ToolAs(ctx context.Context, cgroups []string, role string, args ...string) *exec.Cmd {
+	return m.CommandAs(ctx, cgroups, self(role, args...)...)
 }
 
-// PodTool prepares one of this package's tools in the network and cgroup2 of a running pod, with its
-// share of processors: a client whose sockets are a pod's.
+// PodTool prepares one of this package's tools in the network and cgroup2 of a running pod, accounted
+// like its own: a client whose sockets are a pod's.
 func (n *Node) PodTool(ctx context.Context, uid, role string, args ...string) (*exec.Cmd, error) {
 	pid, dir, err := n.podProcess(uid)
 	if err != nil {
 		return nil, err
 	}
-	cgroups := []string{dir}
-	if cpu, err := n.cpuCgroup(pid); err != nil {
+	accounts, err := n.accounts(pid)
+	if err != nil {
 		return nil, err
-	} else if cpu != "" {
-		cgroups = append(cgroups, cpu)
 	}
-	where := place{Pid: pid, Cgroups: cgroups, NetOnly: true}.String()
+	where := place{Pid: pid, Cgroups: append(accounts, dir), NetOnly: true}.String()
 	argv := append(self("enter", where), self(role, args...)...)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.WaitDelay = 5 * time.Second

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # What the other scripts share; sourced by bash.
 
+# Under sudo the caller's PATH holds, and on Debian a user's has no sbin, where iptables is.
+export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
 say() { printf '\n\033[1m%s\033[0m\n' "$1"; }
 done_with() { printf '  \033[32m✓\033[0m %s\n' "$1"; }
 

@@ -12,8 +12,7 @@ data=/var/lib/skep
 
 say "Host"
 install_missing runc runc iptables iptables
-"$skep" check >/tmp/skep-check.$$ 2>&1 || { cat /tmp/skep-check.$$; rm -f /tmp/skep-check.$$; exit 1; }
-rm -f /tmp/skep-check.$$
+checks=$("$skep" check 2>&1) || { printf '%s\n' "$checks"; exit 1; }
 done_with "this host has what skep needs (\`skep check\` prints the list)"
 
 say "Images"

@@ -108,7 +108,7 @@ func newFakeCluster(t *testing.T, entries []entry, timing nodelifecycle.Timing, 
 	f.eventually("watches to open", func(context.Context) error {
 		kinds := []string{"pods", "nodes"}
 		if len(entries) > 1 {
-			kinds = append(kinds, "replicasets", "deployments", "services", "endpointslices", "leases")
+			kinds = append(kinds, "replicasets", "deployments", "daemonsets", "controllerrevisions", "services", "endpointslices", "leases")
 		}
 		for _, kind := range kinds {
 			if _, ok := f.watched.Load(kind); !ok {
@@ -250,12 +250,6 @@ func TestNoPodTwiceWhileTheCacheIsBehind(t *testing.T) {
 // A node that falls silent becomes Unknown and tainted, its pods unready and their addresses not ready; when its
 // lease comes back and it reports, all of that is undone.
 func TestSilentNode(t *testing.T) {
-	node := func(name string) *corev1.Node {
-		return &corev1.Node{
-			ObjectMeta: metav1.ObjectMeta{Name: name, UID: types.UID(name)},
-			Status:     corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastHeartbeatTime: metav1.Now()}}},
-		}
-	}
 	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "p", UID: "p", Labels: map[string]string{"app": "web"}},
 		Spec:       corev1.PodSpec{NodeName: "silent"},
@@ -271,7 +265,7 @@ func TestSilentNode(t *testing.T) {
 			Ports: []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(80)}},
 		},
 	}
-	f := newFakeCluster(t, own(), nodelifecycle.Timing{Grace: time.Second, StartupGrace: time.Second}, node("silent"), node("lively"), pod, service)
+	f := newFakeCluster(t, own(), nodelifecycle.Timing{Grace: time.Second, StartupGrace: time.Second}, readyNode("silent"), readyNode("lively"), pod, service)
 	ctx := t.Context()
 
 	// The other node renews its lease all the time, from another goroutine than the test's.

@@ -4,6 +4,7 @@ package controllers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -21,6 +22,8 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	runtimeapi "k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -29,6 +32,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/kubectl/pkg/polymorphichelpers"
+	daemonutil "k8s.io/kubernetes/pkg/controller/daemon/util"
 
 	"skep.io/skep/api"
 	"skep.io/skep/controlplane/apiserver"
@@ -168,8 +172,8 @@ func (c *cluster) eventually(what string, check func(ctx context.Context) error)
 	}
 }
 
-// kubelet plays scheduler and kubelet of one node: it binds every pod, reports it ready, and ends it when it is
-// deleted.
+// kubelet plays scheduler and kubelet of one node: it binds every pod, to node unless the pod names another, reports
+// it ready, and ends it when it is deleted.
 func (c *cluster) kubelet(node string) {
 	c.Helper()
 	ctx := c.Context()
@@ -198,6 +202,9 @@ func (c *cluster) step(ctx context.Context, node string, pod *corev1.Pod, next *
 	case pod.DeletionTimestamp != nil:
 		return client.Delete(ctx, pod.Name, *metav1.NewDeleteOptions(0))
 	case pod.Spec.NodeName == "":
+		if target, err := daemonutil.GetTargetNodeName(pod); err == nil {
+			node = target
+		}
 		return client.Bind(ctx, &corev1.Binding{
 			ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID},
 			Target:     corev1.ObjectReference{Kind: "Node", Name: node},
@@ -278,7 +285,11 @@ func TestCluster(t *testing.T) {
 	c.updateApp(ns, func(d *appsv1.Deployment) { *d.Spec.Replicas = 5 })
 	c.waitComplete(ns, "3", "app:1")
 	c.waitSlices(ns, 5)
-	c.checkEvents(ns)
+	c.checkEvents(ns,
+		"deployment-controller ScalingReplicaSet Scaled up replica set web-", "from 0 to 3", "from 3 to 5",
+		"deployment-controller ScalingReplicaSet Scaled down replica set web-",
+		"replicaset-controller SuccessfulCreate Created pod: web-",
+		"replicaset-controller SuccessfulDelete Deleted pod: web-")
 	c.checkToken(ns)
 	c.checkAggregation()
 
@@ -458,31 +469,57 @@ func (c *cluster) waitSlices(ns string, want int) {
 	})
 }
 
-// undo runs kubectl's own code.
+// undo rolls the Deployment back.
 func (c *cluster) undo(ns string) {
 	c.Helper()
-	kind := schema.GroupKind{Group: "apps", Kind: "Deployment"}
 	d, err := c.client.AppsV1().Deployments(ns).Get(c.Context(), "web", metav1.GetOptions{})
 	if err != nil {
 		c.Fatal(err)
 	}
-	history, err := polymorphichelpers.HistoryViewerFor(kind, c.client)
+	c.rollBack("Deployment", d)
+}
+
+// rollBack runs kubectl's own code. The object, of a kind of the group apps, must have its revisions 1 and 2.
+func (c *cluster) rollBack(kind string, obj interface {
+	runtimeapi.Object
+	metav1.Object
+}) {
+	c.Helper()
+	gk := schema.GroupKind{Group: "apps", Kind: kind}
+	history, err := polymorphichelpers.HistoryViewerFor(gk, c.client)
 	if err != nil {
 		c.Fatal(err)
 	}
-	if text, err := history.ViewHistory(ns, "web", 0); err != nil || !strings.Contains(text, "1 ") || !strings.Contains(text, "2 ") {
+	if text, err := history.ViewHistory(obj.GetNamespace(), obj.GetName(), 0); err != nil || !strings.Contains(text, "1 ") || !strings.Contains(text, "2 ") {
 		c.Errorf("history %q: %v", text, err)
 	}
-	rollbacker, err := polymorphichelpers.RollbackerFor(kind, c.client)
+	rollbacker, err := polymorphichelpers.RollbackerFor(gk, c.client)
 	if err != nil {
 		c.Fatal(err)
 	}
-	if _, err := rollbacker.Rollback(d, nil, 0, 0); err != nil {
+	if _, err := rollbacker.Rollback(obj, nil, 0, 0); err != nil {
 		c.Fatal(err)
 	}
 }
 
-func (c *cluster) checkEvents(ns string) {
+// isRolledOut asks what `kubectl rollout status` asks.
+func isRolledOut(kind string, obj any) error {
+	viewer, err := polymorphichelpers.StatusViewerFor(schema.GroupKind{Group: "apps", Kind: kind})
+	if err != nil {
+		return err
+	}
+	fields, err := runtimeapi.DefaultUnstructuredConverter.ToUnstructured(obj)
+	if err != nil {
+		return err
+	}
+	text, done, err := viewer.Status(&unstructured.Unstructured{Object: fields}, 0)
+	if err == nil && !done {
+		return errors.New(text)
+	}
+	return err
+}
+
+func (c *cluster) checkEvents(ns string, wanted ...string) {
 	c.Helper()
 	c.eventually("events", func(ctx context.Context) error {
 		events, err := c.client.CoreV1().Events(ns).List(ctx, metav1.ListOptions{})
@@ -494,13 +531,7 @@ func (c *cluster) checkEvents(ns string) {
 			all = append(all, e.Source.Component+" "+e.Reason+" "+e.Message)
 		}
 		text := strings.Join(all, "\n")
-		for _, want := range []string{
-			"deployment-controller ScalingReplicaSet Scaled up replica set web-",
-			"from 0 to 3", "from 3 to 5",
-			"deployment-controller ScalingReplicaSet Scaled down replica set web-",
-			"replicaset-controller SuccessfulCreate Created pod: web-",
-			"replicaset-controller SuccessfulDelete Deleted pod: web-",
-		} {
+		for _, want := range wanted {
 			if !strings.Contains(text, want) {
 				return fmt.Errorf("no event says %q in:\n%s", want, text)
 			}

@@ -46,6 +46,8 @@ var inFull = map[schema.GroupVersionResource]bool{
 	corev1.SchemeGroupVersion.WithResource("configmaps"):             true,
 	appsv1.SchemeGroupVersion.WithResource("deployments"):            true,
 	appsv1.SchemeGroupVersion.WithResource("replicasets"):            true,
+	appsv1.SchemeGroupVersion.WithResource("daemonsets"):             true,
+	appsv1.SchemeGroupVersion.WithResource("controllerrevisions"):    true,
 	discoveryv1.SchemeGroupVersion.WithResource("endpointslices"):    true,
 	networkingv1.SchemeGroupVersion.WithResource("ingresses"):        true,
 	resourcev1.SchemeGroupVersion.WithResource("resourceclaims"):     true,

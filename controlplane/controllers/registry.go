@@ -6,6 +6,7 @@ import (
 	"context"
 
 	"skep.io/skep/controlplane/controllers/bootstrap"
+	"skep.io/skep/controlplane/controllers/daemonset"
 	"skep.io/skep/controlplane/controllers/deployment"
 	"skep.io/skep/controlplane/controllers/endpointslice"
 	"skep.io/skep/controlplane/controllers/nodeipam"
@@ -51,6 +52,9 @@ func own() []entry {
 		}},
 		{"replicaset", account("replicaset-controller"), func(_ context.Context, e env) (run, error) {
 			return started(replicaset.New(e.deps))
+		}},
+		{"daemonset", account("daemon-set-controller"), func(_ context.Context, e env) (run, error) {
+			return started(daemonset.New(e.deps))
 		}},
 		{"endpointslice", account("endpointslice-controller"), func(_ context.Context, e env) (run, error) {
 			return started(endpointslice.New(e.deps))

@@ -34,17 +34,17 @@ type Pods[T metav1.Object] struct {
 	Matching func(pod *corev1.Pod) ([]T, error)
 }
 
-// Owner is the cached object that controls pod. There is none if nothing of this kind controls it, or if what did
+// Owner is the cached object that controls obj. There is none if nothing of this kind controls it, or if what did
 // is gone, even if another of the same name has taken its place.
-func (p Pods[T]) Owner(pod *corev1.Pod) (owner T, ok bool) {
-	ref := metav1.GetControllerOfNoCopy(pod)
+func (p Pods[T]) Owner(obj metav1.Object) (owner T, ok bool) {
+	ref := metav1.GetControllerOfNoCopy(obj)
 	if ref == nil || ref.Kind != p.Kind.Kind {
 		return owner, false
 	}
 	if gv, err := schema.ParseGroupVersion(ref.APIVersion); err != nil || gv.Group != p.Kind.Group {
 		return owner, false
 	}
-	owner, err := p.Cached(pod.Namespace, ref.Name)
+	owner, err := p.Cached(obj.GetNamespace(), ref.Name)
 	return owner, err == nil && owner.GetUID() == ref.UID
 }
 

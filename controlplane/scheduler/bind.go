@@ -83,6 +83,7 @@ func (s *Scheduler) forget(item *pending, live *v1.Pod, settled bool) {
 	var room *node
 	if s.snapshot.pods[uid] == item.pod { // still the assumption
 		room = s.snapshot.removePod(uid)
+		s.wakeForPod(podChange{before: item.pod}, now)
 	} else if s.snapshot.pods[uid] != nil {
 		return
 	}

@@ -20,6 +20,7 @@ type searcher struct {
 	total, raw []int64
 	why        []string
 	random     *rand.Rand
+	query      query
 }
 
 func newSearcher(seed uint64) *searcher {
@@ -32,8 +33,8 @@ func newSearcher(seed uint64) *searcher {
 	}
 }
 
-// decide picks the node for a pod, or says why there is none. It only reads the snapshot, apart
-// from moving the place where the next search starts.
+// decide picks the node for a pod, or says why there is none. It leaves the snapshot as it was, apart
+// from the place where the next search starts and the tallies that are kept for the next pod.
 func (x *searcher) decide(p *pod, s *snapshot) (*node, *diagnosis) {
 	if len(s.nodes) == 0 {
 		return nil, &diagnosis{}
@@ -41,26 +42,34 @@ func (x *searcher) decide(p *pod, s *snapshot) (*node, *diagnosis) {
 	if p.conflict {
 		return nil, &diagnosis{nodes: len(s.nodes), whole: reasonAffinityConflict}
 	}
+	q := x.ask(p, s)
 	// Where room was made for this pod it goes, if it fits.
 	if n := s.byName[p.nominated]; n != nil && n.object != nil {
-		if v, _ := x.check(p, n); v == fits {
+		if v, _ := x.check(q, n); v == fits {
 			return n, nil
 		}
 	}
-	x.search(p, s)
+	x.search(q)
 	if len(x.feasible) == 0 {
-		return nil, x.diagnose(p, s)
+		return nil, x.diagnose(q)
 	}
-	return x.best(p, s), nil
+	return x.best(q), nil
+}
+
+// ask starts the question of where a pod could go; it ends the last one.
+func (x *searcher) ask(p *pod, s *snapshot) *query {
+	x.query.set(p, s)
+	return &x.query
 }
 
 // search fills x.feasible.
-func (x *searcher) search(p *pod, s *snapshot) {
+func (x *searcher) search(q *query) {
+	p, s := q.pod, q.snapshot
 	x.feasible = x.feasible[:0]
 	if p.nodeNames != nil {
 		for name := range p.nodeNames {
 			if n := s.byName[name]; n != nil && n.object != nil {
-				if v, _ := x.check(p, n); v == fits && len(x.feasible) < enough {
+				if v, _ := x.check(q, n); v == fits && len(x.feasible) < enough {
 					x.feasible = append(x.feasible, n)
 				}
 			}
@@ -73,7 +82,7 @@ func (x *searcher) search(p *pod, s *snapshot) {
 		if at >= len(s.nodes) {
 			at -= len(s.nodes)
 		}
-		if v, _ := x.check(p, s.nodes[at]); v == fits {
+		if v, _ := x.check(q, s.nodes[at]); v == fits {
 			x.feasible = append(x.feasible, s.nodes[at])
 		}
 		if len(x.feasible) == enough || (len(x.feasible) > 0 && looked >= patience) {
@@ -84,27 +93,39 @@ func (x *searcher) search(p *pod, s *snapshot) {
 }
 
 // check runs the filters, counting as present the pods that wait for room on the node by right of
-// an equal or higher priority.
-func (x *searcher) check(p *pod, n *node) (verdict, []string) {
+// an equal or higher priority. Where these are what lets the pod in, it must fit without them, too:
+// they may never come.
+func (x *searcher) check(q *query, n *node) (verdict, []string) {
 	x.why = x.why[:0]
-	for _, other := range n.nominated {
-		if other.uid != p.uid && other.priority >= p.priority {
-			n.add(other)
-			defer n.remove(other)
+	if len(n.nominated) > 0 {
+		if v, why := x.checkNominated(q, n); v != fits {
+			x.why = why
+			return v, why
 		}
 	}
-	v, why := runFilters(p, n, x.why)
+	v, why := runFilters(q, n, x.why)
 	x.why = why
 	return v, why
 }
 
+func (x *searcher) checkNominated(q *query, n *node) (verdict, []string) {
+	q.resolve() // tallies must not be counted while pods are there only for a moment
+	for _, other := range n.nominated {
+		if other.uid != q.pod.uid && other.priority >= q.pod.priority {
+			q.snapshot.place(other, n)
+			defer q.snapshot.displace(other, n)
+		}
+	}
+	return runFilters(q, n, x.why)
+}
+
 // best scores the feasible nodes; among equals it takes one at random.
-func (x *searcher) best(p *pod, s *snapshot) *node {
+func (x *searcher) best(q *query) *node {
 	if len(x.feasible) == 1 {
 		return x.feasible[0]
 	}
 	total, raw := x.total[:len(x.feasible)], x.raw[:len(x.feasible)]
-	runScores(p, x.feasible, s, total, raw)
+	runScores(q, x.feasible, total, raw)
 	best, ties := 0, 1
 	for i := 1; i < len(total); i++ {
 		switch {
@@ -121,12 +142,16 @@ func (x *searcher) best(p *pod, s *snapshot) *node {
 
 // diagnose asks every node again, now for the reasons: the common, successful way does not collect
 // them.
-func (x *searcher) diagnose(p *pod, s *snapshot) *diagnosis {
+func (x *searcher) diagnose(q *query) *diagnosis {
+	p, s := q.pod, q.snapshot
 	d := &diagnosis{nodes: len(s.nodes), reasons: map[string]int{}}
 	ask := func(n *node) {
-		v, why := x.check(p, n)
+		v, why := x.check(q, n)
 		for _, reason := range why {
 			d.reasons[reason]++
+		}
+		if v != fits {
+			d.blockers |= 1 << q.failed
 		}
 		if v == rejected {
 			d.resolvable = append(d.resolvable, n)

@@ -45,6 +45,12 @@ func TestMessages(t *testing.T) {
 			"0/1 nodes are available: 1 node(s) didn't have free ports for the requested pod ports. no new claims to deallocate, preemption: 0/1 nodes are available: 1 No preemption victims found for incoming pod."},
 		{"too many pods", []*v1.Node{testNode("a", gives("pods", "1"))}, []*v1.Pod{testPod("q", onNode("a"))}, testPod("p"),
 			"0/1 nodes are available: 1 Too many pods. no new claims to deallocate, preemption: 0/1 nodes are available: 1 No preemption victims found for incoming pod."},
+		{"topology", []*v1.Node{testNode("a"), testNode("b", inZone("east")), testNode("c", inZone("west"))},
+			[]*v1.Pod{testPod("q", onNode("b"), hasLabels("app", "a")), testPod("r", onNode("c"), apartFrom(v1.LabelHostname, "a"))},
+			testPod("p", hasLabels("app", "a"), spreads(1, v1.LabelTopologyZone, "a")),
+			"0/3 nodes are available: 1 node(s) didn't match pod topology spread constraints, " +
+				"1 node(s) didn't match pod topology spread constraints (missing required label), 1 node(s) didn't satisfy existing pods anti-affinity rules. " +
+				"no new claims to deallocate, preemption: 0/3 nodes are available: 1 Preemption is not helpful for scheduling, 2 No preemption victims found for incoming pod."},
 		{"counts are sorted as text", append(numbered(10, func(i int) *v1.Node { return testNode(name("t", i), tainted("k", v1.TaintEffectNoExecute)) }),
 			testNode("a", cordoned), testNode("b", cordoned)), nil, testPod("p"),
 			"0/12 nodes are available: 10 node(s) had untolerated taint(s), 2 node(s) were unschedulable. no new claims to deallocate, preemption: 0/12 nodes are available: 12 Preemption is not helpful for scheduling."},
@@ -156,7 +162,7 @@ func TestSearchVisitsAllNodesInTurn(t *testing.T) {
 	x := newSearcher(1)
 	seen := map[string]bool{}
 	for range 10 {
-		x.search(newPendingPod(testPod("p")), s)
+		x.search(x.ask(newPendingPod(testPod("p")), s))
 		for _, n := range x.feasible {
 			seen[n.name] = true
 		}

@@ -30,6 +30,7 @@ type diagnosis struct {
 	whole   string         // in place of reasons: what is wrong whatever the node
 	note    string         // what came of preemption; empty when it makes room
 
+	blockers   blockers
 	resolvable []*node // those that would fit if other pods went away
 }
 

@@ -3,11 +3,14 @@
 package scheduler
 
 import (
+	"maps"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	v1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
@@ -15,37 +18,100 @@ import (
 
 // listen connects the informers; stop disconnects them.
 func (s *Scheduler) listen(factory informers.SharedInformerFactory) (synced []cache.InformerSynced, stop func(), err error) {
-	pods, nodes := factory.Core().V1().Pods().Informer(), factory.Core().V1().Nodes().Informer()
-	budgets := factory.Policy().V1().PodDisruptionBudgets().Informer()
-	ofPods, err := pods.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(obj any) { s.onPod(nil, obj.(*v1.Pod)) },
-		UpdateFunc: func(before, after any) { s.onPod(before.(*v1.Pod), after.(*v1.Pod)) },
-		DeleteFunc: func(obj any) {
-			if object, ok := last[*v1.Pod](obj); ok {
-				s.onPodGone(object)
-			}
-		},
-	})
-	if err != nil {
-		return nil, nil, err
-	}
-	ofNodes, err := nodes.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc:    func(obj any) { s.onNode(nil, obj.(*v1.Node)) },
-		UpdateFunc: func(before, after any) { s.onNode(before.(*v1.Node), after.(*v1.Node)) },
-		DeleteFunc: func(obj any) {
-			if object, ok := last[*v1.Node](obj); ok {
-				s.onNodeGone(object)
-			}
-		},
-	})
-	if err != nil {
-		return nil, nil, err
-	}
+	core, apps := factory.Core().V1(), factory.Apps().V1()
+	var stops []func()
 	stop = func() {
-		_ = pods.RemoveEventHandler(ofPods)   // fails only for a handle that is not its own
-		_ = nodes.RemoveEventHandler(ofNodes) // likewise
+		for _, one := range stops {
+			one()
+		}
 	}
-	return []cache.InformerSynced{ofPods.HasSynced, ofNodes.HasSynced, budgets.HasSynced}, stop, nil
+	synced = []cache.InformerSynced{factory.Policy().V1().PodDisruptionBudgets().Informer().HasSynced}
+	for _, source := range []struct {
+		informer cache.SharedIndexInformer
+		handler  cache.ResourceEventHandler
+	}{
+		{core.Pods().Informer(), handle(s.onPod, s.onPodGone)},
+		{core.Nodes().Informer(), handle(s.onNode, s.onNodeGone)},
+		{core.Namespaces().Informer(), handle(s.onNamespace, s.onNamespaceGone)},
+		{core.Services().Informer(), handle(s.onService, s.onServiceGone)},
+		{core.ReplicationControllers().Informer(), handleWorkload(s, "v1/ReplicationController", func(o *v1.ReplicationController) labels.Selector {
+			return labels.SelectorFromSet(o.Spec.Selector)
+		})},
+		{apps.ReplicaSets().Informer(), handleWorkload(s, "apps/v1/ReplicaSet", func(o *appsv1.ReplicaSet) labels.Selector { return parsed(o.Spec.Selector) })},
+		{apps.StatefulSets().Informer(), handleWorkload(s, "apps/v1/StatefulSet", func(o *appsv1.StatefulSet) labels.Selector { return parsed(o.Spec.Selector) })},
+	} {
+		registration, err := source.informer.AddEventHandler(source.handler)
+		if err != nil {
+			stop()
+			return nil, nil, err
+		}
+		stops = append(stops, func() { _ = source.informer.RemoveEventHandler(registration) }) // fails only for a handle that is not its own
+		synced = append(synced, registration.HasSynced)
+	}
+	return synced, stop, nil
+}
+
+// handle calls set with a nil before when an object comes, and gone with its last state.
+func handle[T any](set func(before, after *T), gone func(*T)) cache.ResourceEventHandler {
+	return cache.ResourceEventHandlerFuncs{
+		AddFunc:    func(obj any) { set(nil, obj.(*T)) },
+		UpdateFunc: func(before, after any) { set(before.(*T), after.(*T)) },
+		DeleteFunc: func(obj any) {
+			if object, ok := last[*T](obj); ok {
+				gone(object)
+			}
+		},
+	}
+}
+
+// handleWorkload follows the selectors of controllers of one kind, which scores spread by. No pod
+// waits for them.
+func handleWorkload[T any, P interface {
+	*T
+	metav1.Object
+}](s *Scheduler, kind string, selector func(P) labels.Selector) cache.ResourceEventHandler {
+	set := func(object P, selector labels.Selector) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.snapshot.workloads.setController(workloadKey{kind, object.GetNamespace(), object.GetName()}, selector)
+	}
+	return handle(func(before, after *T) {
+		// Their status changes all the time, their selectors hardly ever.
+		if before == nil || P(before).GetGeneration() != P(after).GetGeneration() || P(before).GetUID() != P(after).GetUID() {
+			set(after, selector(after))
+		}
+	}, func(object *T) { set(object, nil) })
+}
+
+func (s *Scheduler) onNamespace(before, after *v1.Namespace) {
+	if before != nil && maps.Equal(before.Labels, after.Labels) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.snapshot.topology.setNamespace(after.Name, after.Labels)
+	s.wakeForNamespace(s.now())
+}
+
+func (s *Scheduler) onNamespaceGone(object *v1.Namespace) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.snapshot.topology.setNamespace(object.Name, nil)
+}
+
+func (s *Scheduler) onService(before, after *v1.Service) {
+	if before != nil && maps.Equal(before.Spec.Selector, after.Spec.Selector) {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.snapshot.workloads.setService(after.Namespace, after.Name, after.Spec.Selector)
+}
+
+func (s *Scheduler) onServiceGone(object *v1.Service) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.snapshot.workloads.setService(object.Namespace, object.Name, nil)
 }
 
 // last returns the final state of a deleted object, also when the deletion itself was missed.
@@ -80,8 +146,8 @@ func (s *Scheduler) onPod(before, after *v1.Pod) {
 		s.onBound(newPod(after))
 	case !ours(after):
 		s.onPodGone(after)
-	case before != nil && ours(before) && apiequality.Semantic.DeepEqual(before.Spec, after.Spec):
-		// Only status or labels changed, most likely by our own report: no reason to try again.
+	case before != nil && ours(before) && apiequality.Semantic.DeepEqual(before.Spec, after.Spec) && maps.Equal(before.Labels, after.Labels):
+		// Only status or annotations changed, most likely by our own report: no reason to try again.
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if item := s.queue.byUID[after.UID]; item != nil {
@@ -105,6 +171,7 @@ func (s *Scheduler) onBound(p *pod) {
 	}
 	s.snapshot.setPod(p, p.object.Spec.NodeName)
 	s.wakeFor(room, now)
+	s.wakeForPod(podChange{before: earlier, after: p}, now)
 }
 
 // shrank says whether a resize gave something back.
@@ -119,12 +186,12 @@ func (s *Scheduler) onPending(p *pod) {
 	if s.binding[p.uid] != nil || s.snapshot.pods[p.uid] != nil {
 		return // decided already; if the binding fails, the newest version is fetched
 	}
+	if earlier := s.queue.byUID[p.uid]; earlier != nil && earlier.pod.nominated != "" && earlier.pod.nominated != p.nominated {
+		s.release(earlier.pod, s.now())
+	}
 	if nominated := p.nominated; nominated != "" {
 		p.nominated = ""
 		s.snapshot.nominate(p, nominated)
-	}
-	if earlier := s.queue.byUID[p.uid]; earlier != nil && earlier.pod.nominated != "" && earlier.pod.nominated != p.nominated {
-		s.release(earlier.pod, s.now())
 	}
 	s.queue.put(p, s.now())
 	s.poke()
@@ -138,7 +205,12 @@ func (s *Scheduler) onPodGone(object *v1.Pod) {
 		s.dequeue(item.pod, now)
 	}
 	delete(s.doomed, object.UID)
+	earlier := s.snapshot.pods[object.UID]
+	if earlier == nil {
+		return
+	}
 	s.wakeFor(s.snapshot.removePod(object.UID), now)
+	s.wakeForPod(podChange{before: earlier}, now)
 }
 
 // dequeue forgets that a pod waits, and the room that was kept for it.
@@ -157,6 +229,7 @@ func (s *Scheduler) onNode(before, after *v1.Node) {
 	n := s.snapshot.setNode(after)
 	if before == nil || matters(before, after) {
 		s.wakeFor(n, s.now())
+		s.wakeForDomains(before, after, len(n.pods), s.now())
 	}
 }
 
@@ -173,6 +246,7 @@ func (s *Scheduler) onNodeGone(object *v1.Node) {
 		waiting = append(waiting, p)
 	}
 	s.snapshot.removeNode(object.Name)
+	s.wakeForDomains(object, nil, len(n.pods), now)
 	for _, p := range waiting {
 		s.snapshot.nominate(p, "")
 		if item := s.queue.byUID[p.uid]; item != nil {
@@ -189,10 +263,13 @@ func (s *Scheduler) wakeFor(n *node, now time.Time) {
 		return
 	}
 	for _, item := range s.queue.asleep {
-		v, _ := s.search.check(item.pod, n)
+		q := s.search.ask(item.pod, s.snapshot)
+		v, _ := s.search.check(q, n)
 		if v == fits || (v == rejected && s.couldPreempt(item.pod, n)) {
 			s.queue.wake(item, now)
 			s.poke()
+		} else {
+			s.queue.blocked(item, 1<<q.failed) // perhaps by something else than at its last try
 		}
 	}
 }

@@ -24,7 +24,7 @@ const (
 // beyond why.
 type filter struct {
 	name  string
-	check func(p *pod, n *node, why []string) (verdict, []string)
+	check func(q *query, n *node, why []string) (verdict, []string)
 }
 
 // filters is the list, in the order in which a node's first failure is reported (Kubernetes'
@@ -36,6 +36,8 @@ var filters = [...]filter{
 	{"NodeAffinity", nodeAffinity},
 	{"NodePorts", nodePorts},
 	{"NodeResourcesFit", nodeResourcesFit},
+	{"PodTopologySpread", topologySpread},
+	{"InterPodAffinity", podAffinity},
 }
 
 const (
@@ -53,10 +55,11 @@ const (
 // comparisonTolerations is off as in Kubernetes 1.36 (feature TaintTolerationComparisonOperators).
 const comparisonTolerations = false
 
-// runFilters stops at the first filter that rejects.
-func runFilters(p *pod, n *node, why []string) (verdict, []string) {
+// runFilters stops at the first filter that rejects, and notes it in q.failed.
+func runFilters(q *query, n *node, why []string) (verdict, []string) {
 	for i := range filters {
-		if v, why := filters[i].check(p, n, why); v != fits {
+		if v, why := filters[i].check(q, n, why); v != fits {
+			q.failed = i
 			return v, why
 		}
 	}
@@ -69,42 +72,40 @@ func tolerates(p *pod, taint *v1.Taint) bool {
 
 var unschedulableTaint = v1.Taint{Key: v1.TaintNodeUnschedulable, Effect: v1.TaintEffectNoSchedule}
 
-func nodeUnschedulable(p *pod, n *node, why []string) (verdict, []string) {
-	if n.object.Spec.Unschedulable && !tolerates(p, &unschedulableTaint) {
+func nodeUnschedulable(q *query, n *node, why []string) (verdict, []string) {
+	if n.object.Spec.Unschedulable && !tolerates(q.pod, &unschedulableTaint) {
 		return unresolvable, append(why, reasonUnschedulable)
 	}
 	return fits, why
 }
 
-func nodeName(p *pod, n *node, why []string) (verdict, []string) {
-	if want := p.object.Spec.NodeName; want != "" && want != n.name {
+func nodeName(q *query, n *node, why []string) (verdict, []string) {
+	if want := q.pod.object.Spec.NodeName; want != "" && want != n.name {
 		return unresolvable, append(why, reasonNodeName)
 	}
 	return fits, why
 }
 
-func taintToleration(p *pod, n *node, why []string) (verdict, []string) {
-	for i := range n.hard {
-		if !tolerates(p, &n.hard[i]) {
-			return unresolvable, append(why, reasonTaints)
-		}
+func taintToleration(q *query, n *node, why []string) (verdict, []string) {
+	if !toleratesHard(q.pod, n) {
+		return unresolvable, append(why, reasonTaints)
 	}
 	return fits, why
 }
 
-func nodeAffinity(p *pod, n *node, why []string) (verdict, []string) {
-	if p.required == nil {
+func nodeAffinity(q *query, n *node, why []string) (verdict, []string) {
+	if q.pod.required == nil {
 		return fits, why
 	}
 	// Terms that do not parse match nothing, as the API server let them in before it checked.
-	if match, _ := p.required.Match(n.object); !match {
+	if match, _ := q.pod.required.Match(n.object); !match {
 		return unresolvable, append(why, reasonAffinity)
 	}
 	return fits, why
 }
 
-func nodePorts(p *pod, n *node, why []string) (verdict, []string) {
-	for _, want := range p.ports {
+func nodePorts(q *query, n *node, why []string) (verdict, []string) {
+	for _, want := range q.pod.ports {
 		for used := range n.ports {
 			if want.conflicts(used) {
 				return rejected, append(why, reasonPorts)
@@ -114,7 +115,7 @@ func nodePorts(p *pod, n *node, why []string) (verdict, []string) {
 	return fits, why
 }
 
-func nodeResourcesFit(p *pod, n *node, why []string) (verdict, []string) {
+func nodeResourcesFit(q *query, n *node, why []string) (verdict, []string) {
 	v := fits
 	// lacks notes one resource; what the whole node could not give is beyond other pods' going.
 	lacks := func(want, allocatable int64, reason string) {
@@ -130,7 +131,7 @@ func nodeResourcesFit(p *pod, n *node, why []string) (verdict, []string) {
 		why = append(why, reasonPods)
 		v = rejected
 	}
-	r := &p.requests
+	r := &q.pod.requests
 	if r.empty() {
 		return v, why
 	}

@@ -93,9 +93,9 @@ func TestFilters(t *testing.T) {
 			for _, p := range c.on {
 				p.Spec.NodeName = "a"
 			}
-			n := testSnapshot([]*v1.Node{c.node}, c.on...).byName["a"]
+			s := testSnapshot([]*v1.Node{c.node}, c.on...)
 			i := slices.IndexFunc(filters[:], func(f filter) bool { return f.name == c.filter })
-			got, why := filters[i].check(newPendingPod(c.pod), n, nil)
+			got, why := filters[i].check(newSearcher(1).ask(newPendingPod(c.pod), s), s.byName["a"], nil)
 			if got != c.want || !slices.Equal(why, c.why) {
 				t.Errorf("got %v %q, want %v %q", got, why, c.want, c.why)
 			}

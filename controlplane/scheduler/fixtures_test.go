@@ -4,6 +4,7 @@ package scheduler
 
 import (
 	"fmt"
+	"time"
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -50,7 +51,15 @@ func usesPort(ip string, port int32) podOption {
 func ownedBy(uid string) podOption {
 	yes := true
 	return func(p *v1.Pod) {
-		p.OwnerReferences = []metav1.OwnerReference{{Kind: "ReplicaSet", Name: uid, UID: types.UID(uid), Controller: &yes}}
+		p.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: uid, UID: types.UID(uid), Controller: &yes}}
+	}
+}
+
+func hasLabels(pairs ...string) podOption {
+	return func(p *v1.Pod) {
+		for i := 0; i < len(pairs); i += 2 {
+			metav1.SetMetaDataLabel(&p.ObjectMeta, pairs[i], pairs[i+1])
+		}
 	}
 }
 
@@ -141,3 +150,6 @@ func numbered[T any](count int, what func(i int) T) []T {
 }
 
 func name(prefix string, i int) string { return fmt.Sprintf("%s-%d", prefix, i) }
+
+// someTime stands for now where it does not matter.
+var someTime = time.Unix(1e9, 0)

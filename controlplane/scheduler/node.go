@@ -23,6 +23,7 @@ type node struct {
 	object *v1.Node // nil while pods name a node that is not (or no longer) there
 
 	position int // in snapshot.nodes; -1 while object is nil
+	slot     int // in topology.bySlot; none while object is nil
 
 	allocatable amounts
 	maxPods     int
@@ -35,13 +36,12 @@ type node struct {
 	// scored sums count pods without requests with assumed ones.
 	scoredCPU, scoredMemory int64
 	ports                   map[hostPort]int
-	owners                  map[ownerKey]int
 	// nominated pods wait for room that preemption is making here.
 	nominated map[types.UID]*pod
 }
 
 func newNode(name string) *node {
-	return &node{name: name, position: -1, pods: map[types.UID]*pod{}}
+	return &node{name: name, position: -1, slot: none, pods: map[types.UID]*pod{}}
 }
 
 // set takes over a new version of the object.
@@ -108,14 +108,6 @@ func (n *node) account(p *pod, sign int64) {
 			delete(n.ports, port)
 		}
 	}
-	if p.owner != "" {
-		if n.owners == nil {
-			n.owners = map[ownerKey]int{}
-		}
-		if n.owners[p.owner] += int(sign); n.owners[p.owner] == 0 {
-			delete(n.owners, p.owner)
-		}
-	}
 }
 
 func (n *node) add(p *pod) {
@@ -128,23 +120,12 @@ func (n *node) remove(p *pod) {
 	n.account(p, -1)
 }
 
-// clone copies a node so that preemption can try what happens without some pods.
-func (n *node) clone() *node {
-	c := *n
-	c.pods = maps.Clone(n.pods)
-	c.requested.extended = maps.Clone(n.requested.extended)
-	c.ports = maps.Clone(n.ports)
-	c.owners = maps.Clone(n.owners)
-	c.nominated = maps.Clone(n.nominated)
-	return &c
-}
-
 // matters says whether the difference between two versions of a Node can change where a pod fits.
 // Heartbeats and most of the status do not.
 func matters(before, after *v1.Node) bool {
 	if before.Spec.Unschedulable != after.Spec.Unschedulable ||
 		!maps.Equal(before.Labels, after.Labels) ||
-		!slices.EqualFunc(before.Spec.Taints, after.Spec.Taints, func(a, b v1.Taint) bool { return a.MatchTaint(&b) && a.Value == b.Value }) ||
+		!sameTaints(before.Spec.Taints, after.Spec.Taints) ||
 		len(before.Status.Allocatable) != len(after.Status.Allocatable) {
 		return true
 	}
@@ -154,4 +135,8 @@ func matters(before, after *v1.Node) bool {
 		}
 	}
 	return false
+}
+
+func sameTaints(before, after []v1.Taint) bool {
+	return slices.EqualFunc(before, after, func(a, b v1.Taint) bool { return a.MatchTaint(&b) && a.Value == b.Value })
 }

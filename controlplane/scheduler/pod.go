@@ -59,9 +59,6 @@ func (a hostPort) conflicts(b hostPort) bool {
 	return a.port == b.port && a.protocol == b.protocol && (a.ip == b.ip || a.ip == "" || b.ip == "")
 }
 
-// ownerKey says which pods count as replicas of one another: those with the same controller.
-type ownerKey = types.UID
-
 // pod is everything that filters, scores and accounting need to know about a Pod, computed once
 // when the Pod arrives rather than once for each node.
 type pod struct {
@@ -72,7 +69,7 @@ type pod struct {
 
 	requests requests
 	ports    []hostPort
-	owner    ownerKey
+	affinity []affinityTerm // to other pods, and against them
 
 	// Only for pods that are to be scheduled:
 	required  *nodeaffinity.RequiredNodeAffinity     // nil: any node
@@ -80,6 +77,14 @@ type pod struct {
 	conflict  bool                                   // required affinity names no node at all
 	preferred *nodeaffinity.PreferredSchedulingTerms // nil: none
 	images    []string                               // normalised
+	hard      []spreadConstraint                     // DoNotSchedule
+	soft      []spreadConstraint                     // ScheduleAnyway
+	together  []podSelector                          // of required affinity; one pod must be meant by all
+
+	// While the pod is placed or nominated, where the topology counts it:
+	on      *node // nil while it is nominated
+	terms   []*term
+	tallies []*tally
 
 	// node is where the snapshot accounts the pod; empty while it is pending.
 	node string
@@ -96,7 +101,7 @@ func newPod(object *v1.Pod) *pod {
 		priority: corev1helpers.PodPriority(object),
 		requests: podRequests(object),
 		ports:    hostPorts(object),
-		owner:    controllerOf(object),
+		affinity: affinityTerms(object),
 	}
 }
 
@@ -116,6 +121,9 @@ func newPendingPod(object *v1.Pod) *pod {
 		}
 	}
 	p.images = podImages(object)
+	p.hard = spreadConstraints(p, v1.DoNotSchedule)
+	p.soft = spreadConstraints(p, v1.ScheduleAnyway)
+	p.together = together(p.affinity)
 	return p
 }
 
@@ -191,13 +199,6 @@ func hostPorts(object *v1.Pod) []hostPort {
 		add(&object.Spec.Containers[i])
 	}
 	return ports
-}
-
-func controllerOf(object *v1.Pod) ownerKey {
-	if ref := metav1.GetControllerOfNoCopy(object); ref != nil {
-		return ref.UID
-	}
-	return ""
 }
 
 func requiredNodeTerms(object *v1.Pod) *v1.NodeSelector {

@@ -27,7 +27,7 @@ const leastCandidates = 100
 
 // preempt finds the node on which the least harm makes room for p, or leaves a note in d that says
 // in upstream's words why preemption does not help. doomed are pods whose going is under way. It
-// reads the snapshot only.
+// leaves the snapshot as it was.
 func (x *searcher) preempt(p *pod, s *snapshot, d *diagnosis, budgets []*policyv1.PodDisruptionBudget,
 	doomed map[types.UID]bool, now time.Time) *preemption {
 	if policy := p.object.Spec.PreemptionPolicy; policy != nil && *policy == v1.PreemptNever {
@@ -50,6 +50,8 @@ func (x *searcher) preempt(p *pod, s *snapshot, d *diagnosis, budgets []*policyv
 		d.note = available(d.nodes, "", outcome)
 		return nil
 	}
+	q := x.ask(p, s)
+	q.resolve()
 	var found []*preemption
 	limit := max(leastCandidates, len(s.nodes)/10)
 	offset := 0
@@ -58,7 +60,7 @@ func (x *searcher) preempt(p *pod, s *snapshot, d *diagnosis, budgets []*policyv
 	}
 	for i := range d.resolvable {
 		n := d.resolvable[(offset+i)%len(d.resolvable)]
-		candidate, why := x.victims(p, n, budgets, now)
+		candidate, why := x.victims(q, n, budgets, now)
 		if candidate == nil {
 			for _, reason := range why {
 				outcome[reason]++
@@ -103,9 +105,11 @@ func beingPreempted(object *v1.Pod) bool {
 	return false
 }
 
-// victims takes every pod of lower priority off a copy of the node and, if p fits then, lets back
-// in whichever still leave room: those that a disruption budget protects first, then by importance.
-func (x *searcher) victims(p *pod, n *node, budgets []*policyv1.PodDisruptionBudget, now time.Time) (*preemption, []string) {
+// victims takes every pod of lower priority off the node for a moment and, if the pod fits then, lets
+// back in whichever still leave room: those that a disruption budget protects first, then by
+// importance. q must be resolved.
+func (x *searcher) victims(q *query, n *node, budgets []*policyv1.PodDisruptionBudget, now time.Time) (*preemption, []string) {
+	p, s := q.pod, q.snapshot
 	var lower []*pod
 	for _, other := range n.pods {
 		if other.priority < p.priority {
@@ -115,12 +119,15 @@ func (x *searcher) victims(p *pod, n *node, budgets []*policyv1.PodDisruptionBud
 	if len(lower) == 0 {
 		return nil, []string{reasonNoVictims}
 	}
-	trial := n.clone()
 	for _, other := range lower {
-		trial.remove(other)
+		s.displace(other, n)
 	}
-	if v, why := x.check(p, trial); v != fits {
-		return nil, slices.Clone(why)
+	if v, why := x.check(q, n); v != fits {
+		why = slices.Clone(why)
+		for _, other := range lower {
+			s.place(other, n)
+		}
+		return nil, why
 	}
 	importance := func(a, b *pod) int { return moreImportant(a, b, now) }
 	slices.SortFunc(lower, importance)
@@ -128,9 +135,9 @@ func (x *searcher) victims(p *pod, n *node, budgets []*policyv1.PodDisruptionBud
 	result := &preemption{node: n}
 	keep := func(pods []*pod) (lost int) {
 		for _, other := range pods {
-			trial.add(other)
-			if v, _ := x.check(p, trial); v != fits {
-				trial.remove(other)
+			s.place(other, n)
+			if v, _ := x.check(q, n); v != fits {
+				s.displace(other, n)
 				result.victims = append(result.victims, other)
 				lost++
 			}
@@ -139,6 +146,9 @@ func (x *searcher) victims(p *pod, n *node, budgets []*policyv1.PodDisruptionBud
 	}
 	result.violations = keep(protected)
 	keep(free)
+	for _, other := range result.victims {
+		s.place(other, n)
+	}
 	if len(result.victims) == 0 {
 		return nil, []string{reasonNoVictims} // it fits as things are: nobody has to go
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	v1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/client-go/tools/record"
@@ -70,6 +71,11 @@ func TestNeverOvercommits(t *testing.T) {
 				if old := w.nodes[name]; old != nil && old.Status.Allocatable.Cpu().Cmp(*object.Status.Allocatable.Cpu()) > 0 {
 					t.Skip("a node that shrinks may be overdrawn by what it has")
 				}
+				for _, item := range decided {
+					if w.nodes[name] == nil && item.pod.node == name {
+						t.Skip("a node that comes back smaller may be overdrawn by what was decided before")
+					}
+				}
 				s.onNode(w.nodes[name], object)
 				w.nodes[name] = object
 			},
@@ -112,7 +118,7 @@ func TestNeverOvercommits(t *testing.T) {
 				if n == nil {
 					// Without acting on preemptions: victims are not asked to go here.
 					_ = d.message()
-					s.queue.sleep(item, clock)
+					s.queue.sleep(item, d.blockers, clock)
 					return
 				}
 				s.assume(item, n)
@@ -174,7 +180,7 @@ func consistent(s *Scheduler, w world, decided map[string]*pending) error {
 		}
 		want := fresh.byName[n.name]
 		if n.requested.milliCPU != want.requested.milliCPU || n.requested.memory != want.requested.memory || n.scoredCPU != want.scoredCPU ||
-			len(n.pods) != len(want.pods) || !maps.Equal(n.ports, want.ports) || !maps.Equal(n.owners, want.owners) {
+			len(n.pods) != len(want.pods) || !maps.Equal(n.ports, want.ports) {
 			return fmt.Errorf("%s: sums %+v %v, want %+v %v", n.name, n.requested, n.ports, want.requested, want.ports)
 		}
 		if n.requested.milliCPU > n.allocatable.milliCPU || len(n.pods) > n.maxPods {
@@ -204,33 +210,56 @@ func TestNobodySleepsWhileFitting(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		nodes, bound := map[string]*v1.Node{}, map[string]*v1.Pod{}
+		nodes, bound, spaces := map[string]*v1.Node{}, map[string]*v1.Pod{}, map[string]*v1.Namespace{}
 		created := 0
+		newPod := func(t *rapid.T) *v1.Pod {
+			created++
+			p := drawPod(t, fmt.Sprintf("p%d", created))
+			p.DeletionTimestamp = nil
+			asks("cpu", fmt.Sprint(rapid.IntRange(1, 3).Draw(t, "cpu")))(p)
+			return p
+		}
 		t.Repeat(map[string]func(*rapid.T){
 			"node": func(t *rapid.T) {
-				name := fmt.Sprintf("n%d", rapid.IntRange(0, 2).Draw(t, "node"))
-				object := testNode(name, gives("cpu", fmt.Sprint(rapid.IntRange(1, 6).Draw(t, "cpu"))))
-				if rapid.Bool().Draw(t, "taint") {
-					tainted("k", v1.TaintEffectNoSchedule)(object)
-				}
-				s.onNode(nodes[name], object)
-				nodes[name] = object
+				object := drawNode(t)
+				gives("cpu", fmt.Sprint(rapid.IntRange(1, 6).Draw(t, "cpu")))(object)
+				s.onNode(nodes[object.Name], object)
+				nodes[object.Name] = object
 			},
-			"pod": func(t *rapid.T) {
-				created++
-				s.onPod(nil, testPod(fmt.Sprintf("p%d", created), asks("cpu", fmt.Sprint(rapid.IntRange(1, 4).Draw(t, "cpu")))))
+			"node goes": func(t *rapid.T) {
+				name := drawKey(t, nodes)
+				s.onNodeGone(nodes[name])
+				delete(nodes, name)
 			},
+			"namespace": func(t *rapid.T) {
+				object := &v1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: rapid.SampledFrom(testNamespaces).Draw(t, "namespace"),
+					Labels: map[string]string{"team": rapid.SampledFrom([]string{"x", "y"}).Draw(t, "team")}}}
+				s.onNamespace(spaces[object.Name], object)
+				spaces[object.Name] = object
+			},
+			"pod": func(t *rapid.T) { s.onPod(nil, newPod(t)) },
 			"bound pod": func(t *rapid.T) {
-				created++
-				p := testPod(fmt.Sprintf("p%d", created), onNode(fmt.Sprintf("n%d", rapid.IntRange(0, 2).Draw(t, "node"))), asks("cpu", "2"))
+				p := newPod(t)
+				p.Spec.NodeName = drawNodeName(t)
 				bound[p.Name] = p
 				s.onPod(nil, p)
 			},
+			"relabel": func(t *rapid.T) {
+				name := drawKey(t, bound)
+				after := bound[name].DeepCopy()
+				hasLabels("app", drawApp(t))(after)
+				s.onPod(bound[name], after)
+				bound[name] = after
+			},
+			"pod terminates": func(t *rapid.T) {
+				name := drawKey(t, bound)
+				after := bound[name].DeepCopy()
+				after.DeletionTimestamp = &metav1.Time{Time: someTime}
+				s.onPod(bound[name], after)
+				bound[name] = after
+			},
 			"pod goes": func(t *rapid.T) {
-				if len(bound) == 0 {
-					t.Skip("none there")
-				}
-				name := rapid.SampledFrom(slices.Sorted(maps.Keys(bound))).Draw(t, "name")
+				name := drawKey(t, bound)
 				s.onPodGone(bound[name])
 				delete(bound, name)
 			},
@@ -242,9 +271,9 @@ func TestNobodySleepsWhileFitting(t *testing.T) {
 					if item == nil {
 						return
 					}
-					n, _ := s.search.decide(item.pod, s.snapshot)
+					n, d := s.search.decide(item.pod, s.snapshot)
 					if n == nil {
-						s.queue.sleep(item, s.now())
+						s.queue.sleep(item, d.blockers, s.now())
 						continue
 					}
 					s.assume(item, n)

@@ -38,6 +38,8 @@ type pending struct {
 	// erred: the last try failed for a reason outside the cluster's state, such as an API call; its
 	// backoff must be sat out.
 	erred bool
+	// blockers is what was in the way at the last try.
+	blockers blockers
 }
 
 func (p *pending) backoffEnd() time.Time {
@@ -54,11 +56,12 @@ type queue struct {
 	active   activeHeap
 	backoff  backoffHeap
 	asleep   map[types.UID]*pending
+	watching map[types.UID]*pending // those asleep whom pods on other nodes are in the way
 	sequence uint64
 }
 
 func newQueue() *queue {
-	return &queue{byUID: map[types.UID]*pending{}, asleep: map[types.UID]*pending{}}
+	return &queue{byUID: map[types.UID]*pending{}, asleep: map[types.UID]*pending{}, watching: map[types.UID]*pending{}}
 }
 
 // put adds a pod or replaces what is known about it. A pod that slept is tried again, since what
@@ -127,10 +130,18 @@ func (q *queue) pop(now time.Time) (item *pending, next time.Time) {
 }
 
 // sleep puts a popped item aside until an event wakes it.
-func (q *queue) sleep(item *pending, now time.Time) {
-	item.failed, item.erred = now, false
+func (q *queue) sleep(item *pending, by blockers, now time.Time) {
+	item.failed, item.erred, item.blockers = now, false, 0
+	q.blocked(item, by)
 	item.place = asleep
 	q.asleep[item.pod.uid] = item
+}
+
+// blocked notes what else keeps a sleeping item off some node.
+func (q *queue) blocked(item *pending, by blockers) {
+	if item.blockers |= by; by.aboutOthers() {
+		q.watching[item.pod.uid] = item
+	}
 }
 
 // retry puts a popped item back after an error.
@@ -154,6 +165,7 @@ func (q *queue) leave(item *pending) {
 		heap.Remove(&q.backoff, item.index)
 	case asleep:
 		delete(q.asleep, item.pod.uid)
+		delete(q.watching, item.pod.uid)
 	}
 	item.place = nowhere
 }

@@ -45,7 +45,7 @@ func TestQueueBackoff(t *testing.T) {
 	}
 	// A pod that an event woke waits behind others, but not for nothing.
 	item, _ := q.pop(now)
-	q.sleep(item, now)
+	q.sleep(item, 0, now)
 	if other, next := q.pop(now); other != nil || !next.IsZero() {
 		t.Error("a sleeping pod was given out")
 	}
@@ -63,7 +63,7 @@ func TestQueueRemove(t *testing.T) {
 	for name, where := range map[string]func(*queue, *pending){
 		"active":  func(q *queue, item *pending) { q.put(item.pod, now) },
 		"backoff": func(q *queue, item *pending) { q.retry(item, now) },
-		"asleep":  func(q *queue, item *pending) { q.sleep(item, now) },
+		"asleep":  func(q *queue, item *pending) { q.sleep(item, 0, now) },
 	} {
 		q := newQueue()
 		p := newPendingPod(testPod("p"))

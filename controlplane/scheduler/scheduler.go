@@ -189,6 +189,7 @@ func (s *Scheduler) assume(item *pending, n *node) {
 	s.binding[item.pod.uid] = item
 	s.snapshot.nominate(item.pod, "")
 	s.snapshot.setPod(item.pod, n.name)
+	s.wakeForPod(podChange{after: item.pod}, s.now())
 }
 
 // reject puts the pod to sleep, makes room for it where that is allowed, and has the reasons told.
@@ -204,7 +205,7 @@ func (s *Scheduler) reject(item *pending, d *diagnosis, now time.Time) {
 		}
 	}
 	r.message = d.message()
-	s.queue.sleep(item, now)
+	s.queue.sleep(item, d.blockers, now)
 	s.reports.tell(r)
 }
 

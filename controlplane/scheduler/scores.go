@@ -2,73 +2,79 @@
 
 package scheduler
 
-import "math"
+import (
+	"math"
+	"slices"
+)
 
 // maxScore is the best a node can get from one score before its weight.
 const maxScore = 100
 
-// scale says how raw values become 0..maxScore.
-type scale int
-
-const (
-	asIs    scale = iota // already 0..maxScore
-	highest              // the best node of those compared gets maxScore
-	lowest               // the node with the smallest value gets the most
-)
-
-// A score says how good a node that fits would be. Scores are pure.
+// A score says how good nodes that fit would be, compared with each other. Scores are pure.
 type score struct {
-	name    string
-	weight  int64
-	scale   scale
-	applies func(p *pod) bool
-	of      func(p *pod, n *node, s *snapshot) int64
+	name   string
+	weight int64
+	// applies says whether the pod cares; nil: always.
+	applies func(q *query) bool
+	// of sets raw[i] for nodes[i]; scale, unless nil, then makes that 0..maxScore.
+	of    func(q *query, nodes []*node, raw []int64)
+	scale func(raw []int64)
 }
 
 // scores is the list, with Kubernetes' default weights.
 var scores = [...]score{
-	{"TaintToleration", 3, lowest, always, softTaints},
-	{"NodeAffinity", 2, highest, func(p *pod) bool { return p.preferred != nil }, preferredAffinity},
-	{"Spread", 2, lowest, func(p *pod) bool { return p.owner != "" }, replicasHere},
-	{"LeastAllocated", 1, asIs, always, leastAllocated},
+	{"TaintToleration", 3, nil, each(softTaints), scaleLowest},
+	{"NodeAffinity", 2, func(q *query) bool { return q.pod.preferred != nil }, each(preferredAffinity), scaleHighest},
+	{"PodTopologySpread", 2, func(q *query) bool { return len(q.soft) > 0 }, spreadScores, scaleSpread},
+	{"InterPodAffinity", 2, func(q *query) bool { return len(q.leanings) > 0 }, affinityScores, scaleRange},
+	{"LeastAllocated", 1, nil, each(leastAllocated), nil},
 	// A pod without requests changes no balance, and would always go to the same node.
-	{"BalancedAllocation", 1, asIs, func(p *pod) bool { return p.requests.milliCPU > 0 || p.requests.memory > 0 }, balancedAllocation},
-	{"ImageLocality", 1, asIs, func(p *pod) bool { return len(p.images) > 0 }, imageLocality},
+	{"BalancedAllocation", 1, func(q *query) bool { return q.pod.requests.milliCPU > 0 || q.pod.requests.memory > 0 }, each(balancedAllocation), nil},
+	{"ImageLocality", 1, func(q *query) bool { return len(q.pod.images) > 0 }, each(imageLocality), nil},
 }
 
-func always(*pod) bool { return true }
-
-// runScores fills total (as long as nodes) and uses raw (as long) as scratch space.
-func runScores(p *pod, nodes []*node, s *snapshot, total, raw []int64) {
-	clear(total)
-	for i := range scores {
-		sc := &scores[i]
-		if !sc.applies(p) {
-			continue
-		}
-		var most int64
-		for j, n := range nodes {
-			raw[j] = sc.of(p, n, s)
-			most = max(most, raw[j])
-		}
-		for j := range nodes {
-			total[j] += sc.weight * normalised(raw[j], most, sc.scale)
+// each makes a score of what can be said of one node without looking at the others.
+func each(one func(p *pod, n *node, s *snapshot) int64) func(*query, []*node, []int64) {
+	return func(q *query, nodes []*node, raw []int64) {
+		for i, n := range nodes {
+			raw[i] = one(q.pod, n, q.snapshot)
 		}
 	}
 }
 
-func normalised(value, most int64, sc scale) int64 {
-	switch {
-	case sc == asIs:
-		return value
-	case most == 0 && sc == lowest:
-		return maxScore
-	case most == 0:
-		return 0
-	case sc == lowest:
-		return maxScore - maxScore*value/most
-	default:
-		return maxScore * value / most
+// runScores fills total (as long as nodes) and uses raw (as long) as scratch space.
+func runScores(q *query, nodes []*node, total, raw []int64) {
+	q.resolveScores()
+	clear(total)
+	for i := range scores {
+		sc := &scores[i]
+		if sc.applies != nil && !sc.applies(q) {
+			continue
+		}
+		sc.of(q, nodes, raw)
+		if sc.scale != nil {
+			sc.scale(raw)
+		}
+		for j := range nodes {
+			total[j] += sc.weight * raw[j]
+		}
+	}
+}
+
+// scaleHighest gives the best node maxScore.
+func scaleHighest(raw []int64) {
+	if most := slices.Max(raw); most > 0 {
+		for i := range raw {
+			raw[i] = maxScore * raw[i] / most
+		}
+	}
+}
+
+// scaleLowest gives a node the more the smaller its value is.
+func scaleLowest(raw []int64) {
+	scaleHighest(raw)
+	for i := range raw {
+		raw[i] = maxScore - raw[i]
 	}
 }
 
@@ -86,11 +92,6 @@ func softTaints(p *pod, n *node, _ *snapshot) int64 {
 // preferredAffinity sums the weights of the preferred terms that match.
 func preferredAffinity(p *pod, n *node, _ *snapshot) int64 {
 	return p.preferred.Score(n.object)
-}
-
-// replicasHere counts pods of the same controller on the node.
-func replicasHere(p *pod, n *node, _ *snapshot) int64 {
-	return int64(n.owners[p.owner])
 }
 
 // leastAllocated is the part of cpu and memory that stays free, averaged.

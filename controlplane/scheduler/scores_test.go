@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
 )
 
 // Each case compares nodes "a" and "b" by one score.
@@ -25,9 +26,6 @@ func TestScores(t *testing.T) {
 		{"TaintToleration", "one of two", testPod("p"), testNode("a", tainted("k", v1.TaintEffectPreferNoSchedule)),
 			testNode("b", tainted("k", v1.TaintEffectPreferNoSchedule), tainted("l", v1.TaintEffectPreferNoSchedule)), nil, [2]int64{50, 0}},
 		{"NodeAffinity", "preferred", testPod("p", prefers(7, "disk", "ssd")), testNode("a", labelled("disk", "ssd")), testNode("b"), nil, [2]int64{100, 0}},
-		{"Spread", "away from replicas", testPod("p", ownedBy("rs")), testNode("a"), testNode("b"),
-			[]*v1.Pod{testPod("q", onNode("a"), ownedBy("rs")), testPod("r", onNode("a"), ownedBy("rs")), testPod("s", onNode("b"), ownedBy("rs"))}, [2]int64{0, 50}},
-		{"Spread", "others do not count", testPod("p", ownedBy("rs")), testNode("a"), testNode("b"), []*v1.Pod{testPod("q", onNode("a"), ownedBy("other"))}, [2]int64{100, 100}},
 		{"LeastAllocated", "emptier", testPod("p", asks("cpu", "1", "memory", "2Gi")), testNode("a"), testNode("b"),
 			[]*v1.Pod{testPod("q", onNode("a"), asks("cpu", "2", "memory", "4Gi"))}, [2]int64{25, 75}},
 		{"LeastAllocated", "pods that ask for nothing count too", testPod("p", asks("cpu", "0", "memory", "0")), testNode("a", gives("cpu", "1", "memory", "2000Mi")),
@@ -40,13 +38,14 @@ func TestScores(t *testing.T) {
 	} {
 		t.Run(c.score+"/"+c.name, func(t *testing.T) {
 			s := testSnapshot([]*v1.Node{c.a, c.b}, c.on...)
-			p := newPendingPod(c.pod)
 			sc := scores[slices.IndexFunc(scores[:], func(sc score) bool { return sc.name == c.score })]
-			raw := [2]int64{sc.of(p, s.byName["a"], s), sc.of(p, s.byName["b"], s)}
-			for i, value := range raw {
-				if got := normalised(value, max(raw[0], raw[1]), sc.scale); got != c.want[i] {
-					t.Errorf("node %d: got %d, want %d", i, got, c.want[i])
-				}
+			var got [2]int64
+			sc.of(newSearcher(1).ask(newPendingPod(c.pod), s), []*node{s.byName["a"], s.byName["b"]}, got[:])
+			if sc.scale != nil {
+				sc.scale(got[:])
+			}
+			if got != c.want {
+				t.Errorf("got %d, want %d", got, c.want)
 			}
 		})
 	}
@@ -54,9 +53,10 @@ func TestScores(t *testing.T) {
 
 func TestReplicasSpread(t *testing.T) {
 	s := testSnapshot(numbered(10, func(i int) *v1.Node { return testNode(name("n", i)) }))
+	s.workloads.setController(workloadKey{"apps/v1/ReplicaSet", "default", "rs"}, labels.SelectorFromSet(labels.Set{"app": "a"}))
 	x := newSearcher(1)
 	for i := range 30 {
-		p := newPendingPod(testPod(name("p", i), ownedBy("rs"), asks("cpu", "100m")))
+		p := newPendingPod(testPod(name("p", i), ownedBy("rs"), hasLabels("app", "a"), asks("cpu", "100m")))
 		n, _ := x.decide(p, s)
 		s.setPod(p, n.name)
 	}

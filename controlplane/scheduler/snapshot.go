@@ -18,12 +18,17 @@ type snapshot struct {
 	imageNodes map[string]int
 	// priorities counts pods by priority.
 	priorities map[int32]int
+	topology   *topology
+	workloads  *workloads
 	// next is where the search for the next pod starts, so that all nodes are looked at in turn.
 	next int
 }
 
 func newSnapshot() *snapshot {
-	return &snapshot{byName: map[string]*node{}, pods: map[types.UID]*pod{}, imageNodes: map[string]int{}, priorities: map[int32]int{}}
+	return &snapshot{
+		byName: map[string]*node{}, pods: map[types.UID]*pod{}, imageNodes: map[string]int{}, priorities: map[int32]int{},
+		topology: newTopology(), workloads: newWorkloads(),
+	}
 }
 
 func (s *snapshot) node(name string) *node {
@@ -38,7 +43,11 @@ func (s *snapshot) node(name string) *node {
 func (s *snapshot) setNode(object *v1.Node) *node {
 	n := s.node(object.Name)
 	s.countImages(n, -1)
-	n.set(object)
+	if regroups(n.object, object) {
+		s.topology.regroup(n, func() { n.set(object) })
+	} else {
+		n.set(object)
+	}
 	s.countImages(n, +1)
 	if n.position < 0 {
 		n.position = len(s.nodes)
@@ -63,7 +72,7 @@ func (s *snapshot) removeNode(name string) {
 	}
 	s.countImages(n, -1)
 	n.images = nil
-	n.object = nil
+	s.topology.regroup(n, func() { n.object = nil })
 	s.drop(n)
 }
 
@@ -82,13 +91,26 @@ func (s *snapshot) drop(n *node) {
 }
 
 // setPod accounts a pod on the node it names, instead of whatever was accounted for it before:
-// an assumption, an older version, another node.
+// an assumption, an older version, another node. A nomination must have been taken back.
 func (s *snapshot) setPod(p *pod, nodeName string) {
 	s.removePod(p.uid)
 	p.node = nodeName
 	s.pods[p.uid] = p
 	s.priorities[p.priority]++
-	s.node(nodeName).add(p)
+	s.topology.hold(p)
+	s.place(p, s.node(nodeName))
+	p.on = s.byName[nodeName]
+}
+
+// place and displace are also what decisions try for a moment, to see what would be.
+func (s *snapshot) place(p *pod, n *node) {
+	n.add(p)
+	s.topology.count(p, n, +1)
+}
+
+func (s *snapshot) displace(p *pod, n *node) {
+	n.remove(p)
+	s.topology.count(p, n, -1)
 }
 
 // removePod returns the node that the pod was on, if any.
@@ -101,8 +123,10 @@ func (s *snapshot) removePod(uid types.UID) *node {
 	if s.priorities[p.priority]--; s.priorities[p.priority] == 0 {
 		delete(s.priorities, p.priority)
 	}
-	n := s.byName[p.node]
-	n.remove(p)
+	n := p.on
+	s.displace(p, n)
+	s.topology.release(p)
+	p.on = nil
 	s.drop(n)
 	return n
 }
@@ -110,18 +134,23 @@ func (s *snapshot) removePod(uid types.UID) *node {
 // nominate reserves room for p on a node against pods of lower or equal priority; an empty name
 // only takes an earlier nomination back.
 func (s *snapshot) nominate(p *pod, nodeName string) {
-	if n := s.byName[p.nominated]; n != nil {
+	if n := s.byName[p.nominated]; n != nil && n.nominated[p.uid] == p {
 		delete(n.nominated, p.uid)
+		s.topology.release(p)
 		s.drop(n)
 	}
 	if p.nominated = nodeName; nodeName == "" {
 		return
 	}
 	n := s.node(nodeName)
+	if old := n.nominated[p.uid]; old != nil {
+		s.topology.release(old) // an older version of the pod
+	}
 	if n.nominated == nil {
 		n.nominated = map[types.UID]*pod{}
 	}
 	n.nominated[p.uid] = p
+	s.topology.hold(p)
 }
 
 // anyBelow says whether any pod in the cluster has a lower priority.

@@ -7,4 +7,5 @@ cd "$(dirname "$0")/.."
 need_root
 
 install_missing runc runc iptables iptables ip iproute2 busybox busybox-static
+trap hand_back EXIT
 go run ./tests/bench "$@"

@@ -13,6 +13,16 @@ need_root() {
   exit 1
 }
 
+# hand_back gives the user who called sudo what root wrote into the Go caches and the build directory:
+# otherwise that user's next build could not write there.
+hand_back() {
+  [ -n "${SUDO_UID:-}" ] || return 0
+  local dir
+  for dir in .build "$(go env GOCACHE)" "$(go env GOMODCACHE)"; do
+    [ ! -d "$dir" ] || find "$dir" -user 0 -exec chown -h "$SUDO_UID:$SUDO_GID" {} +
+  done
+}
+
 # install_missing COMMAND PACKAGE [COMMAND PACKAGE...] installs what the host lacks.
 install_missing() {
   local packages=()

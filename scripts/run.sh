@@ -51,6 +51,7 @@ answer=$(wait_for_page "$address" 80 /) || { echo "http://$address/ does not ans
 done_with "http://$address/ answers:"
 printf '%s\n' "$answer" | sed 's/^/    | /'
 
+sudo=${SUDO_UID:+sudo }
 cat <<EOT
 
 The application in examples/hello runs on this machine.
@@ -58,9 +59,9 @@ The application in examples/hello runs on this machine.
   kubeconfig    /etc/skep/kubeconfig      (kubectl, helm and k9s work with it, too)
   skep          $skep
 What to try next
-  $skep get pods -A -o wide
-  $skep logs -n hello deployment/hello -f
-  $skep scale -n hello deployment/hello --replicas=5
-  $skep exec -n hello -it deployment/hello -- /web --help
+  $sudo$skep get pods -A -o wide
+  $sudo$skep logs -n hello deployment/hello -f
+  $sudo$skep scale -n hello deployment/hello --replicas=5
+  $sudo$skep exec -n hello -it deployment/hello -- /web --help
   make clean    takes every trace off this machine
 EOT

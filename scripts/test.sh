@@ -17,7 +17,7 @@ if ! command -v kubectl >/dev/null 2>&1; then
 fi
 
 skips=$(mktemp)
-trap 'rm -f "$skips"' EXIT
+trap 'rm -f "$skips"; hand_back' EXIT
 export SKEP_SKIPS=$skips
 
 status=0

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -35,8 +36,8 @@ var errNoCluster = fmt.Errorf("no cluster is configured: neither $KUBECONFIG, %s
 
 // clientConfig is the configuration that kubectl's verbs would use, for skep's own.
 func clientConfig(cmd *cobra.Command) (*rest.Config, error) {
-	if !clusterConfigured(cmd) {
-		return nil, errNoCluster
+	if err := findCluster(cmd); err != nil {
+		return nil, err
 	}
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	overrides := &clientcmd.ConfigOverrides{}
@@ -57,13 +58,16 @@ var offlineVerbs = []string{
 }
 
 // needCluster makes kubectl's verbs say what is missing when no cluster is configured at all, in
-// place of kubectl's attempt at localhost:8080, where nobody has listened for years.
+// place of kubectl's attempt at localhost:8080, where nobody has listened for years; and what to do
+// when the administrator's kubeconfig is not this user's to read.
 func needCluster(root *cobra.Command) {
 	next := root.PersistentPreRunE
 	root.PersistentPreRunE = func(cmd *cobra.Command, args []string) error {
 		verb := verbOf(cmd)
-		if cmd.HasParent() && !slices.Contains(offlineVerbs, verb) && !isOwnVerb(verb) && !clusterConfigured(cmd) {
-			return fail("%w", errNoCluster)
+		if cmd.HasParent() && !slices.Contains(offlineVerbs, verb) && !isOwnVerb(verb) {
+			if err := findCluster(cmd); err != nil {
+				return fail("%w", err)
+			}
 		}
 		return next(cmd, args)
 	}
@@ -77,15 +81,34 @@ func verbOf(cmd *cobra.Command) string {
 	return cmd.Name()
 }
 
-func clusterConfigured(cmd *cobra.Command) bool {
+// findCluster is nil if something names a cluster: a flag, the environment, or a file.
+func findCluster(cmd *cobra.Command) error {
 	for _, name := range []string{"kubeconfig", "server"} {
 		if f := cmd.Flags().Lookup(name); f != nil && f.Value.String() != "" {
-			return true
+			return nil
 		}
 	}
-	if os.Getenv(clientcmd.RecommendedConfigPathEnvVar) != "" || os.Getenv("KUBERNETES_SERVICE_HOST") != "" {
-		return true
+	switch named := os.Getenv(clientcmd.RecommendedConfigPathEnvVar); {
+	case named == api.KubeconfigPath:
+		return checkReadable(named)
+	case named != "" || os.Getenv("KUBERNETES_SERVICE_HOST") != "":
+		return nil
 	}
-	_, err := os.Stat(clientcmd.RecommendedHomeFile)
-	return err == nil
+	if _, err := os.Stat(clientcmd.RecommendedHomeFile); err != nil {
+		return errNoCluster
+	}
+	return nil
+}
+
+// checkReadable says what a user can do who may not read the administrator's kubeconfig.
+func checkReadable(file string) error {
+	f, err := os.Open(file)
+	if errors.Is(err, os.ErrPermission) {
+		return fmt.Errorf("%s holds the administrator's key and is root's to read: use sudo, or give this user a copy (sudo install -D -m 0600 -o $USER %s %s)",
+			file, file, clientcmd.RecommendedHomeFile)
+	}
+	if err == nil {
+		return f.Close()
+	}
+	return nil // whatever else is wrong, kubectl says it better
 }

@@ -30,7 +30,7 @@ var helpers = map[string]func(args []string) error{
 // Helper runs the role that the command line names and ends the process; it returns at once in
 // every other process.
 func Helper() {
-	if len(os.Args) < 3 || os.Args[1] != helperArg {
+	if !isHelper() {
 		return
 	}
 	run := helpers[os.Args[2]]
@@ -47,6 +47,9 @@ func Helper() {
 	}
 	os.Exit(0)
 }
+
+// isHelper tells a call of the binary to itself.
+func isHelper() bool { return len(os.Args) >= 3 && os.Args[1] == helperArg }
 
 // self is the command line of a helper.
 func self(role string, args ...string) []string {

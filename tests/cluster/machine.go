@@ -46,6 +46,9 @@ func newMachine(name string, s setup, withCgroups bool) (*Machine, error) {
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("machine %s: namespaces and cgroups need root", name)
 	}
+	if isHelper() { // running what it was to help with, and so on without end
+		return nil, fmt.Errorf("machine %s: this program's main or TestMain must begin with cluster.Helper()", name)
+	}
 	m := &Machine{name: name, exited: newExits(), ended: make(chan struct{}), events: make(chan event)}
 	all, err := hierarchies()
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -48,6 +49,7 @@ var inFull = map[schema.GroupVersionResource]bool{
 	appsv1.SchemeGroupVersion.WithResource("replicasets"):            true,
 	appsv1.SchemeGroupVersion.WithResource("daemonsets"):             true,
 	appsv1.SchemeGroupVersion.WithResource("controllerrevisions"):    true,
+	batchv1.SchemeGroupVersion.WithResource("jobs"):                  true,
 	discoveryv1.SchemeGroupVersion.WithResource("endpointslices"):    true,
 	networkingv1.SchemeGroupVersion.WithResource("ingresses"):        true,
 	resourcev1.SchemeGroupVersion.WithResource("resourceclaims"):     true,

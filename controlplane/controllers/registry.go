@@ -9,6 +9,7 @@ import (
 	"skep.io/skep/controlplane/controllers/daemonset"
 	"skep.io/skep/controlplane/controllers/deployment"
 	"skep.io/skep/controlplane/controllers/endpointslice"
+	"skep.io/skep/controlplane/controllers/job"
 	"skep.io/skep/controlplane/controllers/nodeipam"
 	"skep.io/skep/controlplane/controllers/nodelifecycle"
 	"skep.io/skep/controlplane/controllers/podgc"
@@ -55,6 +56,9 @@ func own() []entry {
 		}},
 		{"daemonset", account("daemon-set-controller"), func(_ context.Context, e env) (run, error) {
 			return started(daemonset.New(e.deps))
+		}},
+		{"job", account("job-controller"), func(_ context.Context, e env) (run, error) {
+			return started(job.New(e.deps))
 		}},
 		{"endpointslice", account("endpointslice-controller"), func(_ context.Context, e env) (run, error) {
 			return started(endpointslice.New(e.deps))

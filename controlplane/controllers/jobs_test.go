@@ -364,3 +364,77 @@ func (c *cluster) checkAdoption(ns string) {
 	})
 	c.waitJob(ns, "adopter", "active 1, succeeded 0, failed 1")
 }
+
+// TestCronJobs lets a schedule create Jobs, forget old ones, and take all along in the end.
+func TestCronJobs(t *testing.T) {
+	c := newCluster(t)
+	c.addNode("n1")
+	c.kubelet("n1")
+	const ns = "night"
+	c.namespace(ns)
+	client := c.client.BatchV1().CronJobs(ns)
+	ctx := t.Context()
+	create := func(name string, suspend bool) {
+		t.Helper()
+		cj := &batchv1.CronJob{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: batchv1.CronJobSpec{
+			Schedule: "@every 1s", Suspend: &suspend, ConcurrencyPolicy: batchv1.ForbidConcurrent,
+			JobTemplate: batchv1.JobTemplateSpec{Spec: batchv1.JobSpec{Template: corev1.PodTemplateSpec{Spec: corev1.PodSpec{
+				RestartPolicy: corev1.RestartPolicyNever, Containers: []corev1.Container{{Name: "c", Image: "work:1"}},
+			}}}},
+		}}
+		if _, err := client.Create(ctx, cj, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	create("asleep", true)
+	create("often", false)
+
+	var job *batchv1.Job
+	c.eventually("the first job", func(ctx context.Context) error {
+		cj, err := client.Get(ctx, "often", metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		if len(cj.Status.Active) != 1 || cj.Status.LastScheduleTime == nil {
+			return fmt.Errorf("status %+v", cj.Status)
+		}
+		if job, err = c.client.BatchV1().Jobs(ns).Get(ctx, cj.Status.Active[0].Name, metav1.GetOptions{}); err != nil {
+			return err
+		}
+		if !metav1.IsControlledBy(job, cj) || job.UID != cj.Status.Active[0].UID || job.Annotations[batchv1.CronJobScheduledTimestampAnnotation] == "" {
+			return fmt.Errorf("job %+v", job.ObjectMeta)
+		}
+		return nil
+	})
+	if want := fmt.Sprintf("often-%d", job.CreationTimestamp.Unix()/60); job.Name != want {
+		t.Logf("job %s was created in another minute than that of its name, %s", job.Name, want)
+	}
+	pod := c.podsOf(ns, job.Name, 1)[0]
+	c.end(&pod, 0)
+	c.eventually("its success", func(ctx context.Context) error {
+		cj, err := client.Get(ctx, "often", metav1.GetOptions{})
+		if err == nil && cj.Status.LastSuccessfulTime == nil {
+			return fmt.Errorf("status %+v", cj.Status)
+		}
+		return err
+	})
+	c.waitEvents(ns, "cronjob-controller SuccessfulCreate often Created job "+job.Name, "cronjob-controller SawCompletedJob often Saw completed job: "+job.Name+", condition: Complete")
+
+	if err := client.Delete(ctx, "often", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.eventually("jobs and pods to go", func(ctx context.Context) error {
+		jobs, err := c.client.BatchV1().Jobs(ns).List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		pods, err := c.client.CoreV1().Pods(ns).List(ctx, metav1.ListOptions{})
+		if err == nil && len(jobs.Items)+len(pods.Items) > 0 {
+			return fmt.Errorf("%d jobs and %d pods are left", len(jobs.Items), len(pods.Items))
+		}
+		return err
+	})
+	if cj, err := client.Get(ctx, "asleep", metav1.GetOptions{}); err != nil || cj.Status.LastScheduleTime != nil {
+		t.Errorf("the suspended one: %+v %v", cj.Status, err)
+	}
+}

@@ -49,6 +49,7 @@ var inFull = map[schema.GroupVersionResource]bool{
 	appsv1.SchemeGroupVersion.WithResource("replicasets"):            true,
 	appsv1.SchemeGroupVersion.WithResource("daemonsets"):             true,
 	appsv1.SchemeGroupVersion.WithResource("controllerrevisions"):    true,
+	batchv1.SchemeGroupVersion.WithResource("cronjobs"):              true,
 	batchv1.SchemeGroupVersion.WithResource("jobs"):                  true,
 	discoveryv1.SchemeGroupVersion.WithResource("endpointslices"):    true,
 	networkingv1.SchemeGroupVersion.WithResource("ingresses"):        true,

@@ -6,6 +6,7 @@ import (
 	"context"
 
 	"skep.io/skep/controlplane/controllers/bootstrap"
+	"skep.io/skep/controlplane/controllers/cronjob"
 	"skep.io/skep/controlplane/controllers/daemonset"
 	"skep.io/skep/controlplane/controllers/deployment"
 	"skep.io/skep/controlplane/controllers/endpointslice"
@@ -59,6 +60,9 @@ func own() []entry {
 		}},
 		{"job", account("job-controller"), func(_ context.Context, e env) (run, error) {
 			return started(job.New(e.deps))
+		}},
+		{"cronjob", account("cronjob-controller"), func(_ context.Context, e env) (run, error) {
+			return started(cronjob.New(e.deps))
 		}},
 		{"endpointslice", account("endpointslice-controller"), func(_ context.Context, e env) (run, error) {
 			return started(endpointslice.New(e.deps))

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
 	"k8s.io/client-go/tools/record"
@@ -31,12 +32,15 @@ func BenchmarkDecide(b *testing.B) {
 	for _, nodes := range []int{100, 1000, benchNodes} {
 		for kind, options := range map[string][]podOption{
 			"plain":    {asks("cpu", "100m", "memory", "128Mi")},
-			"replicas": {asks("cpu", "100m", "memory", "128Mi"), ownedBy("rs")},
+			"replicas": {asks("cpu", "100m", "memory", "128Mi"), ownedBy("rs"), hasLabels("app", "a")},
+			"spread":   {asks("cpu", "100m", "memory", "128Mi"), hasLabels("app", "a"), spreads(1, v1.LabelTopologyZone, "a"), spreads(5, v1.LabelHostname, "a")},
+			"near":     {asks("cpu", "100m", "memory", "128Mi"), hasLabels("app", "a"), nearTo(v1.LabelTopologyZone, "a")},
 			"selector": {asks("cpu", "100m"), selects(v1.LabelTopologyZone, "zone-1")},
 			"daemon":   {asks("cpu", "10m"), requiresNodes("node-7")},
 		} {
 			b.Run(fmt.Sprintf("%s/nodes=%d", kind, nodes), func(b *testing.B) {
 				s, x := benchSnapshot(nodes), newSearcher(1)
+				s.workloads.setController(workloadKey{"apps/v1/ReplicaSet", "default", "rs"}, labels.SelectorFromSet(labels.Set{"app": "a"}))
 				live := min(benchPods, nodes*20)
 				if kind == "daemon" {
 					live = 100
@@ -52,6 +56,60 @@ func BenchmarkDecide(b *testing.B) {
 						b.Fatal(d.message())
 					}
 					s.setPod(p, n.name)
+				}
+				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "pods/s")
+			})
+		}
+	}
+}
+
+// BenchmarkApart is the cost of one decision for pods that keep apart by host, 100 to an application, as
+// many applications as fill every node with ten such pods.
+func BenchmarkApart(b *testing.B) {
+	for _, nodes := range []int{100, 1000, benchNodes} {
+		b.Run(fmt.Sprintf("nodes=%d", nodes), func(b *testing.B) {
+			s, x := benchSnapshot(nodes), newSearcher(1)
+			pods := numbered(nodes*10, func(i int) *pod {
+				app := name("app", i/100)
+				return newPendingPod(testPod(name("p", i), asks("cpu", "100m"), hasLabels("app", app), apartFrom(v1.LabelHostname, app)))
+			})
+			b.ReportAllocs()
+			b.ResetTimer()
+			for i := 0; b.Loop(); i++ {
+				p := pods[i%len(pods)]
+				s.removePod(p.uid)
+				n, d := x.decide(p, s)
+				if n == nil {
+					b.Fatal(d.message())
+				}
+				s.setPod(p, n.name)
+			}
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "pods/s")
+		})
+	}
+}
+
+// BenchmarkPreempt is the cost of finding that a pod fits nowhere and whom to ask to go: all nodes are
+// full of pods of lower priority, ten on each.
+func BenchmarkPreempt(b *testing.B) {
+	for _, nodes := range []int{100, 1000, benchNodes} {
+		for kind, options := range map[string][]podOption{
+			"plain": {asks("cpu", "4")},
+			"apart": {asks("cpu", "4"), hasLabels("app", "a"), apartFrom(v1.LabelHostname, "a")},
+		} {
+			b.Run(fmt.Sprintf("%s/nodes=%d", kind, nodes), func(b *testing.B) {
+				s, x := benchSnapshot(nodes), newSearcher(1)
+				for i := range nodes * 10 {
+					s.setPod(newPod(testPod(name("low", i), asks("cpu", "3200m"), hasLabels("app", "b"))), name("node", i%nodes))
+				}
+				p := newPendingPod(testPod("high", append(options, priority(9))...))
+				b.ReportAllocs()
+				b.ResetTimer()
+				for b.Loop() {
+					_, d := x.decide(p, s)
+					if room := x.preempt(p, s, d, nil, nil, someTime); room == nil || len(room.victims) != 2 {
+						b.Fatal(d.message())
+					}
 				}
 				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "pods/s")
 			})

@@ -43,6 +43,9 @@ func (x *searcher) decide(p *pod, s *snapshot) (*node, *diagnosis) {
 		return nil, &diagnosis{nodes: len(s.nodes), whole: reasonAffinityConflict}
 	}
 	q := x.ask(p, s)
+	if fault := q.podVolumes().fault; fault != "" {
+		return nil, &diagnosis{nodes: len(s.nodes), whole: fault, blockers: blockerOf("VolumeBinding")}
+	}
 	// Where room was made for this pod it goes, if it fits.
 	if n := s.byName[p.nominated]; n != nil && n.object != nil {
 		if v, _ := x.check(q, n); v == fits {

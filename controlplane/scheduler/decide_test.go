@@ -13,6 +13,7 @@ import (
 )
 
 const useless1 = " no new claims to deallocate, preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling."
+const useless2 = " no new claims to deallocate, preemption: 0/2 nodes are available: 2 Preemption is not helpful for scheduling."
 
 // The expected texts are what kube-scheduler 1.36 writes.
 func TestMessages(t *testing.T) {

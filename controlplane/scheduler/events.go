@@ -37,6 +37,9 @@ func (s *Scheduler) listen(factory informers.SharedInformerFactory) (synced []ca
 		{core.ReplicationControllers().Informer(), handleWorkload(s, "v1/ReplicationController", func(o *v1.ReplicationController) labels.Selector {
 			return labels.SelectorFromSet(o.Spec.Selector)
 		})},
+		{core.PersistentVolumeClaims().Informer(), handle(s.onClaim, s.onClaimGone)},
+		{core.PersistentVolumes().Informer(), handle(s.onVolume, s.onVolumeGone)},
+		{factory.Storage().V1().StorageClasses().Informer(), handle(s.onClass, s.onClassGone)},
 		{apps.ReplicaSets().Informer(), handleWorkload(s, "apps/v1/ReplicaSet", func(o *appsv1.ReplicaSet) labels.Selector { return parsed(o.Spec.Selector) })},
 		{apps.StatefulSets().Informer(), handleWorkload(s, "apps/v1/StatefulSet", func(o *appsv1.StatefulSet) labels.Selector { return parsed(o.Spec.Selector) })},
 	} {

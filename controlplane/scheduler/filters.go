@@ -36,6 +36,8 @@ var filters = [...]filter{
 	{"NodeAffinity", nodeAffinity},
 	{"NodePorts", nodePorts},
 	{"NodeResourcesFit", nodeResourcesFit},
+	{"VolumeRestrictions", volumeRestrictions},
+	{"VolumeBinding", volumeBinding},
 	{"PodTopologySpread", topologySpread},
 	{"InterPodAffinity", podAffinity},
 }

@@ -13,6 +13,10 @@ import (
 // blockers is the set of filters that kept a pod off some node, by their place in filters.
 type blockers uint32
 
+func blockerOf(name string) blockers {
+	return 1 << slices.IndexFunc(filters[:], func(f filter) bool { return f.name == name })
+}
+
 func (b blockers) has(names ...string) bool {
 	for i := range filters {
 		if b&(1<<i) != 0 && slices.Contains(names, filters[i].name) {
@@ -22,9 +26,11 @@ func (b blockers) has(names ...string) bool {
 	return false
 }
 
-// aboutOthers says whether an event on one node may make room on another: these filters look at the
-// pods of whole domains.
-func (b blockers) aboutOthers() bool { return b.has("PodTopologySpread", "InterPodAffinity") }
+// aboutOthers says whether something else than a change of the node itself may let the pod in: these
+// filters look at the pods of whole domains, or at volumes.
+func (b blockers) aboutOthers() bool {
+	return b.has("PodTopologySpread", "InterPodAffinity", "VolumeRestrictions", "VolumeBinding")
+}
 
 // podChange is what happened to a placed pod: before is nil when it came, after when it went.
 type podChange struct{ before, after *pod }
@@ -79,7 +85,8 @@ func (s *Scheduler) wakeForPod(c podChange, now time.Time) {
 	}
 	for _, item := range s.queue.watching {
 		if item.blockers.has("PodTopologySpread") && c.helpsSpread(item.pod, s.snapshot.topology) ||
-			item.blockers.has("InterPodAffinity") && c.helpsAffinity(item.pod, s.snapshot.topology) {
+			item.blockers.has("InterPodAffinity") && c.helpsAffinity(item.pod, s.snapshot.topology) ||
+			item.blockers.has("VolumeRestrictions") && c.after == nil && slices.ContainsFunc(c.before.claims, func(use claimUse) bool { return item.pod.mounts(use.key) }) {
 			s.queue.wake(item, now)
 			s.poke()
 		}

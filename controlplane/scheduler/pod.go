@@ -70,6 +70,7 @@ type pod struct {
 	requests requests
 	ports    []hostPort
 	affinity []affinityTerm // to other pods, and against them
+	claims   []claimUse
 
 	// Only for pods that are to be scheduled:
 	required  *nodeaffinity.RequiredNodeAffinity     // nil: any node
@@ -102,6 +103,7 @@ func newPod(object *v1.Pod) *pod {
 		requests: podRequests(object),
 		ports:    hostPorts(object),
 		affinity: affinityTerms(object),
+		claims:   claimsOf(object),
 	}
 }
 

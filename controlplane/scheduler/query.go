@@ -18,6 +18,9 @@ type query struct {
 	leanings []leaning
 
 	soft []spreadTally // filled by resolveScores
+
+	volumesResolved bool
+	volumes         podVolumes
 }
 
 // leaning is a preference by domain: for each pod counted, weight.

@@ -20,6 +20,7 @@ type snapshot struct {
 	priorities map[int32]int
 	topology   *topology
 	workloads  *workloads
+	storage    *storage
 	// next is where the search for the next pod starts, so that all nodes are looked at in turn.
 	next int
 }
@@ -27,7 +28,7 @@ type snapshot struct {
 func newSnapshot() *snapshot {
 	return &snapshot{
 		byName: map[string]*node{}, pods: map[types.UID]*pod{}, imageNodes: map[string]int{}, priorities: map[int32]int{},
-		topology: newTopology(), workloads: newWorkloads(),
+		topology: newTopology(), workloads: newWorkloads(), storage: newStorage(),
 	}
 }
 
@@ -106,11 +107,13 @@ func (s *snapshot) setPod(p *pod, nodeName string) {
 func (s *snapshot) place(p *pod, n *node) {
 	n.add(p)
 	s.topology.count(p, n, +1)
+	s.storage.count(p, +1)
 }
 
 func (s *snapshot) displace(p *pod, n *node) {
 	n.remove(p)
 	s.topology.count(p, n, -1)
+	s.storage.count(p, -1)
 }
 
 // removePod returns the node that the pod was on, if any.

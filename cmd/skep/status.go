@@ -53,9 +53,9 @@ func runStatus(ctx context.Context, cmd *cobra.Command, streams genericiooptions
 	if err != nil {
 		return err
 	}
-	ready, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").Param("verbose", "").DoRaw(ctx)
+	checks, err := apiReady(ctx, client)
 	if err != nil {
-		return fail("the API at %s does not answer: %w", config.Host, err)
+		return fail("the API at %s %w", config.Host, err)
 	}
 	nodes, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
 	if err != nil {
@@ -69,7 +69,7 @@ func runStatus(ctx context.Context, cmd *cobra.Command, streams genericiooptions
 	if err != nil {
 		return fail("version of the API: %w", err)
 	}
-	fmt.Fprintf(streams.Out, "API     %s, Kubernetes %s, %s\n\n", config.Host, version.GitVersion, readyzSummary(string(ready)))
+	fmt.Fprintf(streams.Out, "API     %s, Kubernetes %s, %d health checks pass\n\n", config.Host, version.GitVersion, checks)
 	unready := printNodes(streams.Out, nodes.Items, pods.Items, time.Now())
 	if troubled := troubledPods(pods.Items); len(troubled) > 0 {
 		fmt.Fprintf(streams.Out, "\nPods that need a look (skep describe pod -n NAMESPACE NAME):\n  %s\n", strings.Join(troubled, "\n  "))
@@ -83,24 +83,32 @@ func runStatus(ctx context.Context, cmd *cobra.Command, streams genericiooptions
 	return nil
 }
 
-// readyzSummary turns /readyz?verbose into a phrase that names what fails.
-func readyzSummary(verbose string) string {
-	var failed []string
-	checks := 0
+// apiReady asks the API for its health checks and returns how many pass; the error says in what state
+// the API is if not all do.
+func apiReady(ctx context.Context, client kubernetes.Interface) (int, error) {
+	verbose, err := client.Discovery().RESTClient().Get().AbsPath("/readyz").Param("verbose", "").Do(ctx).Raw()
+	passed, failed := healthChecks(string(verbose))
+	switch {
+	case len(failed) > 0:
+		return passed, fmt.Errorf("is not ready: %d health checks pass, these fail: %s", passed, strings.Join(failed, ", "))
+	case err != nil:
+		return passed, fmt.Errorf("does not answer: %w", err)
+	}
+	return passed, nil
+}
+
+// healthChecks reads what /readyz?verbose prints, a line for each check.
+func healthChecks(verbose string) (passed int, failed []string) {
 	for line := range strings.Lines(verbose) {
 		switch {
 		case strings.HasPrefix(line, "[+]"):
-			checks++
+			passed++
 		case strings.HasPrefix(line, "[-]"):
-			checks++
 			name, _, _ := strings.Cut(line[3:], " ")
 			failed = append(failed, name)
 		}
 	}
-	if len(failed) > 0 {
-		return "failing: " + strings.Join(failed, ", ")
-	}
-	return fmt.Sprintf("%d health checks pass", checks)
+	return passed, failed
 }
 
 // printNodes writes a table of nodes and returns how many are not Ready.

@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -18,9 +19,9 @@ import (
 	"skep.io/skep/api"
 )
 
-// waitForCluster returns once the API answers and a node is Ready, or fails after limit. It tries
-// again whenever the kubeconfig is written, and with a growing pause while a connection is refused:
-// a process that is not there yet sends no event.
+// waitForCluster returns once the API is ready and a node is Ready, or fails after limit. It tries
+// again whenever the kubeconfig is written, and with a growing pause while a connection is refused or
+// the API is still starting: neither sends an event.
 func waitForCluster(ctx context.Context, cmd *cobra.Command, limit time.Duration) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -39,7 +40,7 @@ func waitForCluster(ctx context.Context, cmd *cobra.Command, limit time.Duration
 	}
 	pause := wait.Backoff{Duration: 50 * time.Millisecond, Factor: 1.5, Cap: time.Second, Steps: 1 << 20}
 	for {
-		last := nodeReady(ctx, cmd)
+		last := clusterReady(ctx, cmd)
 		if last == nil {
 			return nil
 		}
@@ -52,8 +53,9 @@ func waitForCluster(ctx context.Context, cmd *cobra.Command, limit time.Duration
 	}
 }
 
-// nodeReady watches the nodes until one is Ready; it fails when the API does not answer.
-func nodeReady(ctx context.Context, cmd *cobra.Command) error {
+// clusterReady watches the nodes until one is Ready; it fails when the API is not ready: on a second
+// start the stored node is Ready before anything else is.
+func clusterReady(ctx context.Context, cmd *cobra.Command) error {
 	useDefaultKubeconfig() // the server may have written it since this process started
 	config, err := clientConfig(cmd)
 	if err != nil {
@@ -62,6 +64,9 @@ func nodeReady(ctx context.Context, cmd *cobra.Command) error {
 	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return err
+	}
+	if _, err := apiReady(ctx, client); err != nil {
+		return fmt.Errorf("the API %w", err)
 	}
 	nodes, err := client.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
 	if err != nil {

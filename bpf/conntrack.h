@@ -18,6 +18,10 @@ enum flow_flags {
 	FLOW_FIN_BACK = 1 << 5,
 	FLOW_RST = 1 << 6,
 	FLOW_SOURCE_IS_NODE = 1 << 7, /* becomes the node's: routed here, as the stack refuses it */
+	FLOW_OPENED_BACK = 1 << 8,    /* by a packet with the tuple in the opposite order */
+	FLOW_FROM_NODE = 1 << 9,      /* opened by the node itself, which no policy denies */
+	FLOW_OPENED_BY_PEER =
+	    1 << 10, /* for flow_open only: by the other end of the packet it gets */
 };
 
 struct flow {
@@ -28,6 +32,8 @@ struct flow {
 	__u32 backend;
 	__u32 reversed;	  /* whether .from is the key with its ends exchanged */
 	__u32 ifindex[2]; /* where each direction was seen to come from rightfully, if a pod's */
+	__u32 checked;	  /* version of the policies that let it pass */
+	__u32 pad;
 };
 
 #define FLOW_REFRESH_NS 1000000000ULL
@@ -143,14 +149,20 @@ static __always_inline void tuple_reverse(struct tuple *out, const struct tuple 
 	out->pad[0] = out->pad[1] = out->pad[2] = 0;
 }
 
-/* Keeps a flow that is not translated. from_pod is the pod's device that it comes from, or 0. */
-static __always_inline void flow_open(const struct packet *p, __u32 from_pod)
+/*
+ * Keeps a flow that is not translated. from_pod is the pod's device that it comes from, or 0;
+ * checked is the version of the policies that let it pass; flags say who opened it.
+ */
+static __always_inline void flow_open(const struct packet *p, __u32 from_pod, __u32 checked,
+				      __u32 flags)
 {
-	struct flow f = {.last_seen = bpf_ktime_get_coarse_ns()};
+	struct flow f = {.last_seen = bpf_ktime_get_coarse_ns(), .checked = checked};
 	struct tuple key;
 	__u32 reversed = tuple_canonical(&key, &p->tuple);
 
-	f.flags = flow_flags_of(p->tcp_flags, reversed);
+	f.flags = flow_flags_of(p->tcp_flags, reversed) | (flags & FLOW_FROM_NODE);
+	if (!!reversed != !!(flags & FLOW_OPENED_BY_PEER))
+		f.flags |= FLOW_OPENED_BACK;
 	/* An index would become a bitwise or on the stack pointer, which the verifier refuses. */
 	f.ifindex[0] = reversed ? 0 : from_pod;
 	f.ifindex[1] = reversed ? from_pod : 0;

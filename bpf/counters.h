@@ -8,16 +8,21 @@ enum counter {
 	COUNT_CONNECT_REFUSED,
 	COUNT_SENDMSG_TRANSLATED,
 	COUNT_SENDMSG_REFUSED,
-	COUNT_POD_EGRESS,	 /* packets from pods */
-	COUNT_POD_INGRESS,	 /* packets to pods through the node's stack */
-	COUNT_POD_TO_POD,	 /* packets redirected from a pod or device to a local pod */
-	COUNT_PACKET_TRANSLATED, /* flows translated per packet */
-	COUNT_DROP_SPOOFED,	 /* source is not the pod's address */
-	COUNT_DROP_MALFORMED,	 /* truncated or contradicting headers */
-	COUNT_DROP_NO_LOCAL,	 /* traffic policy Local, no backend on this node */
-	COUNT_DROP_NO_SNAT_PORT, /* no free source port towards the backend */
-	COUNT_DROP_REWRITE,	 /* the kernel refused to rewrite the packet */
-	COUNT_INGRESS_STEERED,	 /* connections handed to the ingress listener */
+	COUNT_POD_EGRESS,	   /* packets from pods */
+	COUNT_POD_INGRESS,	   /* packets to pods through the node's stack */
+	COUNT_POD_TO_POD,	   /* packets redirected from a pod or device to a local pod */
+	COUNT_PACKET_TRANSLATED,   /* flows translated per packet */
+	COUNT_DROP_SPOOFED,	   /* source is not the pod's address */
+	COUNT_DROP_MALFORMED,	   /* truncated or contradicting headers */
+	COUNT_DROP_NO_LOCAL,	   /* traffic policy Local, no backend on this node */
+	COUNT_DROP_NO_SNAT_PORT,   /* no free source port towards the backend */
+	COUNT_DROP_REWRITE,	   /* the kernel refused to rewrite the packet */
+	COUNT_INGRESS_STEERED,	   /* connections handed to the ingress listener */
+	COUNT_DROP_POLICY_INGRESS, /* no policy of the receiving pod lets it in */
+	COUNT_DROP_POLICY_EGRESS,  /* no policy of the sending pod lets it out */
+	COUNT_DROP_POLICY_CLOSED, /* a pod whose policies are not known, or cannot be put into force
+				   */
+	COUNT_DROP_FRAGMENT,	  /* to or from a pod with policies, ahead of its first fragment */
 	COUNT_MAX,
 };
 

@@ -8,6 +8,7 @@ struct endpoint {
 	__u32 ifindex; /* the node's end of its veth */
 	__u8 pod_mac[6];
 	__u8 host_mac[6];
+	__u32 slot; /* where policy_slots has its sets */
 };
 
 struct {

@@ -19,6 +19,8 @@ int from_outside(struct __sk_buff *skb)
 	}
 	f = flow_find(&p.tuple, &reversed);
 	if (f && flow_translates(f, reversed) && !flow_stale(f, &p)) {
+		if (!flow_permitted(f, reversed, &p))
+			return TC_ACT_SHOT;
 		flow_touch(f, p.tcp_flags, reversed);
 		from_node = f->flags & FLOW_SOURCE_IS_NODE;
 		if (!rewrite(skb, &p, &f->to)) {

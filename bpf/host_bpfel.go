@@ -22,8 +22,14 @@ const (
 	HostMapConntrackUdp  = "conntrack_udp"
 	HostMapCounters      = "counters"
 	HostMapEndpoints     = "endpoints"
+	HostMapIdentities    = "identities"
+	HostMapJudgements    = "judgements"
 	HostMapNode          = "node"
 	HostMapNodeAddresses = "node_addresses"
+	HostMapPolicy        = "policy"
+	HostMapPolicyDrops   = "policy_drops"
+	HostMapPolicySlots   = "policy_slots"
+	HostMapPolicyState   = "policy_state"
 	HostMapRanges        = "ranges"
 	HostMapServices      = "services"
 	HostMapSlots         = "slots"
@@ -91,8 +97,14 @@ type HostMapSpecs struct {
 	ConntrackUdp  *ebpf.MapSpec `ebpf:"conntrack_udp"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	Identities    *ebpf.MapSpec `ebpf:"identities"`
+	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	Policy        *ebpf.MapSpec `ebpf:"policy"`
+	PolicyDrops   *ebpf.MapSpec `ebpf:"policy_drops"`
+	PolicySlots   *ebpf.MapSpec `ebpf:"policy_slots"`
+	PolicyState   *ebpf.MapSpec `ebpf:"policy_state"`
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
@@ -132,8 +144,14 @@ type HostMaps struct {
 	ConntrackUdp  *ebpf.Map `ebpf:"conntrack_udp"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	Identities    *ebpf.Map `ebpf:"identities"`
+	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	Policy        *ebpf.Map `ebpf:"policy"`
+	PolicyDrops   *ebpf.Map `ebpf:"policy_drops"`
+	PolicySlots   *ebpf.Map `ebpf:"policy_slots"`
+	PolicyState   *ebpf.Map `ebpf:"policy_state"`
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
@@ -147,8 +165,14 @@ func (m *HostMaps) Close() error {
 		m.ConntrackUdp,
 		m.Counters,
 		m.Endpoints,
+		m.Identities,
+		m.Judgements,
 		m.Node,
 		m.NodeAddresses,
+		m.Policy,
+		m.PolicyDrops,
+		m.PolicySlots,
+		m.PolicyState,
 		m.Ranges,
 		m.Services,
 		m.Slots,

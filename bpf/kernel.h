@@ -23,6 +23,7 @@ typedef _Bool bool;
 #define __uint(name, val) int(*name)[val]
 #define __type(name, val) typeof(val) *name
 #define __always_inline	  inline __attribute__((always_inline))
+#define __noinline	  __attribute__((noinline, unused))
 #define likely(x)	  __builtin_expect(!!(x), 1)
 #define unlikely(x)	  __builtin_expect(!!(x), 0)
 #define bpf_htons(x)	  __builtin_bswap16(x)
@@ -53,17 +54,19 @@ enum { BPF_ANY = 0, BPF_NOEXIST = 1 };
 #define BPF_F_MARK_MANGLED_0	    (1ULL << 5)
 #define BPF_F_IPV6		    (1ULL << 7) /* since Linux 6.16 */
 
-#define AF_INET	       2
-#define AF_INET6       10
-#define IPPROTO_ICMP   1
-#define IPPROTO_TCP    6
-#define IPPROTO_UDP    17
-#define IPPROTO_ICMPV6 58
-#define IPPROTO_MPTCP  262 /* on the wire it is TCP */
-#define ECONNREFUSED   111
-#define EHOSTUNREACH   113
-#define EEXIST	       17
-#define EINVAL	       22
+#define AF_INET		 2
+#define AF_INET6	 10
+#define IPPROTO_ICMP	 1
+#define IPPROTO_TCP	 6
+#define IPPROTO_UDP	 17
+#define IPPROTO_FRAGMENT 44
+#define IPPROTO_ICMPV6	 58
+#define IPPROTO_SCTP	 132
+#define IPPROTO_MPTCP	 262 /* on the wire it is TCP */
+#define ECONNREFUSED	 111
+#define EHOSTUNREACH	 113
+#define EEXIST		 17
+#define EINVAL		 22
 
 #define ETH_P_IP   0x0800
 #define ETH_P_ARP  0x0806

@@ -4,6 +4,7 @@
 #include "conntrack.h"
 #include "counters.h"
 #include "endpoints.h"
+#include "policy.h"
 #include "services.h"
 
 /*
@@ -64,16 +65,15 @@ static __always_inline bool nat_insert(const struct packet *p, struct flow *forw
 	return false;
 }
 
-/* The first packet of a flow: if its destination is a service, picks a backend and rewrites. */
-static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p, __u8 scope)
+/* If the packet's destination is a service, picks a backend and notes both sides of the flow in j.
+ */
+static __noinline enum nat nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
 {
+	struct flow *forward = &j->forward, *reply = &j->reply;
 	struct affinity_key client = {};
-	struct flow forward = {}, reply = {};
-	struct tuple key;
 	const struct node *self;
 	const struct backend *b;
 	struct service svc;
-	bool lend = false;
 	__u32 id = 0;
 
 	if (!find_frontend(p, scope, &svc))
@@ -91,43 +91,70 @@ static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p
 	if (!self)
 		return NAT_NONE;
 
-	forward.to.saddr = p->tuple.saddr;
-	forward.to.daddr = b->addr;
-	forward.to.sport = p->tuple.sport;
-	forward.to.dport = b->port;
-	forward.to.proto = p->tuple.proto;
+	__builtin_memset(forward, 0, sizeof(*forward));
+	__builtin_memset(reply, 0, sizeof(*reply));
+	j->c = p->tuple;
+	j->c.daddr = b->addr;
+	j->c.dport = b->port;
+	forward->to = j->c;
+	forward->flags = FLOW_TRANSLATED;
 	if (scope == SCOPE_EXTERNAL && !(svc.flags & SERVICE_LOCAL) &&
 	    !bpf_map_lookup_elem(&node_addresses, &b->addr)) {
 		/* The backend may be anywhere: its answer has to come back here. A backend in the
 		 * node's own namespace answers here anyway, and the stack would refuse a packet
 		 * that claims to come from the node. */
-		lend = true;
-		forward.to.saddr = p->v4 ? self->address_v4 : self->address_v6;
-		forward.flags |= FLOW_SOURCE_IS_NODE;
+		forward->to.saddr = p->v4 ? self->address_v4 : self->address_v6;
+		forward->flags |= FLOW_SOURCE_IS_NODE;
 	} else if (address_equal(&b->addr, &p->tuple.saddr)) {
 		/* Hairpin: a pod drops packets that come from itself. */
-		lend = true;
-		forward.to.saddr = p->v4 ? self->gateway_v4 : self->gateway_v6;
-		forward.flags |= FLOW_SOURCE_IS_NODE;
+		forward->to.saddr = p->v4 ? self->gateway_v4 : self->gateway_v6;
+		forward->flags |= FLOW_SOURCE_IS_NODE;
 	}
-	forward.last_seen = reply.last_seen = bpf_ktime_get_coarse_ns();
-	forward.service = reply.service = svc.id;
-	forward.backend = reply.backend = id;
-	forward.flags |= FLOW_TRANSLATED;
-	if (tuple_canonical(&key, &p->tuple))
-		forward.flags |= flow_flags_of(p->tcp_flags, 1);
-	else
-		forward.flags |= flow_flags_of(p->tcp_flags, 0);
-	reply.flags = FLOW_TRANSLATED | FLOW_REPLY;
+	reply->flags = FLOW_TRANSLATED | FLOW_REPLY;
 	/* Answers in the name of the node's address cannot pass the stack as forwarded packets. */
 	if (bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
-		reply.flags |= FLOW_SOURCE_IS_NODE;
-	if (!nat_insert(p, &forward, &reply, lend))
+		reply->flags |= FLOW_SOURCE_IS_NODE;
+	forward->last_seen = reply->last_seen = bpf_ktime_get_coarse_ns();
+	forward->service = reply->service = svc.id;
+	forward->backend = reply->backend = id;
+	forward->checked = reply->checked = policy_version();
+	return NAT_TRANSLATED;
+}
+
+/* Opens the flow that nat_choose noted, and rewrites its first packet. */
+static __noinline enum nat nat_translate(struct __sk_buff *skb, struct packet *p,
+					 struct judgement *j)
+{
+	struct flow *forward = &j->forward;
+	struct tuple key;
+
+	forward->flags |= flow_flags_of(p->tcp_flags, tuple_canonical(&key, &p->tuple));
+	if (!nat_insert(p, forward, &j->reply, forward->flags & FLOW_SOURCE_IS_NODE))
 		return nat_drop(COUNT_DROP_NO_SNAT_PORT);
 	count(COUNT_PACKET_TRANSLATED);
-	if (!rewrite(skb, p, &forward.to))
+	if (!rewrite(skb, p, &forward->to))
 		return nat_drop(COUNT_DROP_REWRITE);
 	return NAT_TRANSLATED;
+}
+
+/* The first packet of a flow: if its destination is a service, it goes to a backend that may have
+ * it. */
+static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p, __u8 scope)
+{
+	struct judgement *j = judgement();
+	enum nat how;
+
+	if (!j)
+		return NAT_DROP;
+	how = nat_choose(p, scope, j);
+	if (how != NAT_TRANSLATED)
+		return how;
+	/* Policies speak of who asks and who answers, not of an address lent in between. */
+	if (j->forward.checked && !permitted(j)) {
+		denied(j);
+		return NAT_DROP;
+	}
+	return nat_translate(skb, p, j);
 }
 
 /* Whether the flow's backend is gone: then a new connection must not follow it there. */

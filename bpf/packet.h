@@ -11,7 +11,7 @@ struct tuple {
 };
 
 enum parsed {
-	PARSED_PORTS,	  /* TCP or UDP, whole: everything below is set */
+	PARSED_PORTS,	  /* TCP, UDP or SCTP, whole: everything below is set */
 	PARSED_ADDRESSES, /* other protocols and fragments: addresses and proto only */
 	PARSED_NOT_IP,
 	PARSED_MALFORMED,
@@ -21,7 +21,7 @@ enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
 
 struct packet {
 	struct tuple tuple;
-	__u16 l4; /* offset of the TCP or UDP header */
+	__u16 l4; /* offset of the transport header */
 	__u8 tcp_flags;
 	bool v4;
 };
@@ -54,6 +54,11 @@ struct udp_header {
 	__be16 length, check;
 };
 
+struct sctp_header {
+	__be16 sport, dport;
+	__be32 tag, check;
+};
+
 #define IPV4_SADDR 12
 #define IPV4_CHECK 10
 #define IPV6_SADDR 8
@@ -63,6 +68,7 @@ struct udp_header {
 static __always_inline enum parsed parse_l4(struct __sk_buff *skb, struct packet *p)
 {
 	struct tcp_header tcp;
+	struct sctp_header sctp;
 	struct udp_header udp;
 
 	switch (p->tuple.proto) {
@@ -78,6 +84,12 @@ static __always_inline enum parsed parse_l4(struct __sk_buff *skb, struct packet
 			return PARSED_MALFORMED;
 		p->tuple.sport = udp.sport;
 		p->tuple.dport = udp.dport;
+		return PARSED_PORTS;
+	case IPPROTO_SCTP: /* never a service: nothing rewrites its CRC */
+		if (bpf_skb_load_bytes(skb, p->l4, &sctp, sizeof(sctp)))
+			return PARSED_MALFORMED;
+		p->tuple.sport = sctp.sport;
+		p->tuple.dport = sctp.dport;
 		return PARSED_PORTS;
 	}
 	return PARSED_ADDRESSES;

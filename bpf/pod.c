@@ -2,6 +2,7 @@
 //go:build ignore
 /* Both directions of the node's end of a pod's veth. */
 #include "nat.h"
+#include "stateless.h"
 
 /* Neighbour discovery and the like: link-local or unspecified source, never leaves the link. */
 static __always_inline bool is_link_local_v6(const struct packet *p)
@@ -42,7 +43,8 @@ SEC("tcx/ingress")
 int from_pod(struct __sk_buff *skb)
 {
 	struct packet p = {};
-	__u32 reversed;
+	__u32 reversed, version;
+	enum opening opening = OPENED;
 	struct flow *f;
 	enum parsed parsed = parse(skb, &p);
 
@@ -51,6 +53,8 @@ int from_pod(struct __sk_buff *skb)
 		f = flow_find(&p.tuple, &reversed);
 		/* A flow that this device was found to be the source of needs no second look. */
 		if (f && f->ifindex[reversed & 1] == skb->ifindex) {
+			if (!flow_permitted(f, reversed, &p))
+				return TC_ACT_SHOT;
 			if (likely(!flow_translates(f, reversed))) {
 				flow_touch(f, p.tcp_flags, reversed);
 				return forward(skb, &p, false);
@@ -70,10 +74,15 @@ int from_pod(struct __sk_buff *skb)
 		count(COUNT_DROP_SPOOFED);
 		return TC_ACT_SHOT;
 	}
-	if (parsed == PARSED_ADDRESSES)
+	if (parsed == PARSED_ADDRESSES) {
+		if (!stateless_permitted(skb, &p))
+			return TC_ACT_SHOT;
 		return forward(skb, &p, false);
+	}
 
 	if (f && !(flow_translates(f, reversed) && flow_stale(f, &p))) {
+		if (!flow_permitted(f, reversed, &p))
+			return TC_ACT_SHOT;
 		f->ifindex[reversed & 1] = skb->ifindex;
 		if (flow_translates(f, reversed))
 			return translated(skb, &p, f, reversed);
@@ -84,7 +93,13 @@ int from_pod(struct __sk_buff *skb)
 	case NAT_DROP:
 		return TC_ACT_SHOT;
 	case NAT_NONE:
-		flow_open(&p, skb->ifindex);
+		version = policy_version();
+		if (version)
+			opening = may_open(&p);
+		if (opening == DENIED)
+			return TC_ACT_SHOT;
+		flow_open(&p, skb->ifindex, version,
+			  opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0);
 		break;
 	case NAT_TRANSLATED:
 		break;
@@ -96,18 +111,44 @@ int from_pod(struct __sk_buff *skb)
 SEC("tcx/egress")
 int to_pod(struct __sk_buff *skb)
 {
+	/* A packet that the node itself made was never received. Policies never deny those: health
+	 * probes must reach what they probe. */
+	bool from_node = !skb->ingress_ifindex;
 	struct packet p = {};
-	__u32 reversed;
+	__u32 reversed, version;
+	enum opening opening = OPENED;
 	struct flow *f;
 
 	count(COUNT_POD_INGRESS);
-	if (parse(skb, &p) != PARSED_PORTS)
+	switch (parse(skb, &p)) {
+	case PARSED_PORTS:
+		break;
+	case PARSED_ADDRESSES:
+		return from_node || stateless_permitted(skb, &p) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+	case PARSED_NOT_IP:
 		return TC_ACT_UNSPEC;
+	case PARSED_MALFORMED:
+		if (from_node || !policy_version())
+			return TC_ACT_UNSPEC;
+		count(COUNT_DROP_MALFORMED);
+		return TC_ACT_SHOT;
+	}
 	f = flow_find(&p.tuple, &reversed);
 	if (!f) {
-		flow_open(&p, 0);
+		version = policy_version();
+		if (version && !from_node)
+			opening = may_open(&p);
+		if (opening == DENIED)
+			return TC_ACT_SHOT;
+		flow_open(&p, 0, version,
+			  (from_node ? FLOW_FROM_NODE : 0) |
+			      (opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0));
 		return TC_ACT_UNSPEC;
 	}
+	if (!from_node && !flow_permitted(f, reversed, &p))
+		return TC_ACT_SHOT;
+	if (from_node && opens(&p) && !(f->flags & FLOW_FROM_NODE))
+		f->flags |= FLOW_FROM_NODE;
 	flow_touch(f, p.tcp_flags, reversed);
 	if (f->flags & FLOW_REPLY && flow_translates(f, reversed) && !rewrite(skb, &p, &f->to)) {
 		count(COUNT_DROP_REWRITE);

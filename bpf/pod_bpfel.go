@@ -22,8 +22,15 @@ const (
 	PodMapConntrackUdp  = "conntrack_udp"
 	PodMapCounters      = "counters"
 	PodMapEndpoints     = "endpoints"
+	PodMapFragments     = "fragments"
+	PodMapIdentities    = "identities"
+	PodMapJudgements    = "judgements"
 	PodMapNode          = "node"
 	PodMapNodeAddresses = "node_addresses"
+	PodMapPolicy        = "policy"
+	PodMapPolicyDrops   = "policy_drops"
+	PodMapPolicySlots   = "policy_slots"
+	PodMapPolicyState   = "policy_state"
 	PodMapRanges        = "ranges"
 	PodMapServices      = "services"
 	PodMapSlots         = "slots"
@@ -89,8 +96,15 @@ type PodMapSpecs struct {
 	ConntrackUdp  *ebpf.MapSpec `ebpf:"conntrack_udp"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	Identities    *ebpf.MapSpec `ebpf:"identities"`
+	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	Policy        *ebpf.MapSpec `ebpf:"policy"`
+	PolicyDrops   *ebpf.MapSpec `ebpf:"policy_drops"`
+	PolicySlots   *ebpf.MapSpec `ebpf:"policy_slots"`
+	PolicyState   *ebpf.MapSpec `ebpf:"policy_state"`
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
@@ -130,8 +144,15 @@ type PodMaps struct {
 	ConntrackUdp  *ebpf.Map `ebpf:"conntrack_udp"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	Fragments     *ebpf.Map `ebpf:"fragments"`
+	Identities    *ebpf.Map `ebpf:"identities"`
+	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	Policy        *ebpf.Map `ebpf:"policy"`
+	PolicyDrops   *ebpf.Map `ebpf:"policy_drops"`
+	PolicySlots   *ebpf.Map `ebpf:"policy_slots"`
+	PolicyState   *ebpf.Map `ebpf:"policy_state"`
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
@@ -145,8 +166,15 @@ func (m *PodMaps) Close() error {
 		m.ConntrackUdp,
 		m.Counters,
 		m.Endpoints,
+		m.Fragments,
+		m.Identities,
+		m.Judgements,
 		m.Node,
 		m.NodeAddresses,
+		m.Policy,
+		m.PolicyDrops,
+		m.PolicySlots,
+		m.PolicyState,
 		m.Ranges,
 		m.Services,
 		m.Slots,

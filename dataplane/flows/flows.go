@@ -29,6 +29,10 @@ var Counters = []Counter{
 	{drops, dropsHelp, prometheus.Labels{"reason": "no-free-source-port"}},
 	{drops, dropsHelp, prometheus.Labels{"reason": "rewrite-refused"}},
 	{"skep_dataplane_ingress_connections_total", "Connections handed to the ingress listener.", nil},
+	{drops, dropsHelp, prometheus.Labels{"reason": "policy-ingress"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "policy-egress"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "policy-closed"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "fragment-before-first"}},
 }
 
 const (

@@ -25,6 +25,11 @@ func TestLayout(t *testing.T) {
 		"ranges":         {RangeKey{}, uint32(0)},
 		"conntrack_tcp":  {Tuple{}, Flow{}},
 		"conntrack_udp":  {Tuple{}, Flow{}},
+		"policy_slots":   {uint32(0), PolicySets{}},
+		"policy_state":   {uint32(0), PolicyState{}},
+		"identities":     {IdentityKey{}, uint32(0)},
+		"policy":         {PolicyKey{}, uint32(0)},
+		"policy_drops":   {uint32(0), uint64(0)},
 	}
 	seen := map[string]bool{}
 	for _, load := range []func() (*ebpf.CollectionSpec, error){bpf.LoadSocket, bpf.LoadPod, bpf.LoadHost, bpf.LoadIngress} {

@@ -22,13 +22,16 @@ type Maps struct {
 	conntrackUDP              *ebpf.Map
 	counters                  *ebpf.Map
 	listeners                 *ebpf.Map
+	policy, identities        *ebpf.Map
+	policySlots, policyState  *ebpf.Map
+	policyDrops               *ebpf.Map
 
 	fence *ebpf.Map // not pinned, see WaitReaders
 }
 
 // Names lists the maps, as the C sources name them.
 var names = []string{"services", "slots", "backends", "affinity", "endpoints", "node_addresses", "node", "ranges",
-	"conntrack_tcp", "conntrack_udp", "counters", "listeners"}
+	"conntrack_tcp", "conntrack_udp", "counters", "listeners", "policy", "identities", "policy_slots", "policy_state", "policy_drops"}
 
 // New takes handles of its own from maps by name.
 func New(byName map[string]*ebpf.Map) (*Maps, error) {
@@ -58,7 +61,8 @@ func New(byName map[string]*ebpf.Map) (*Maps, error) {
 
 func (m *Maps) all() []**ebpf.Map {
 	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.affinity, &m.endpoints, &m.nodeAddresses,
-		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners}
+		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners,
+		&m.policy, &m.identities, &m.policySlots, &m.policyState, &m.policyDrops}
 }
 
 // Close releases the handles; pinned maps stay.

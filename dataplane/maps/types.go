@@ -92,6 +92,7 @@ type Endpoint struct {
 	Ifindex uint32
 	PodMAC  [6]byte
 	HostMAC [6]byte
+	Slot    uint32 // where its policy sets are
 }
 
 // Kinds of address ranges.
@@ -164,6 +165,8 @@ const (
 	FlowFinBack      = 1 << 5
 	FlowRst          = 1 << 6
 	FlowSourceIsNode = 1 << 7
+	FlowOpenedBack   = 1 << 8
+	FlowFromNode     = 1 << 9
 )
 
 // Flow is a connection, or one side of a translated one. It is stored under its tuple in canonical order.
@@ -175,6 +178,8 @@ type Flow struct {
 	Backend  uint32
 	Reversed uint32    // 1 if .To is for packets with the key's ends exchanged
 	Ifindex  [2]uint32 // of the pods' devices that the directions come from
+	Checked  uint32    // version of the policies that let it pass
+	Pad      uint32
 }
 
 // AffinityKey is a client of a backend set.

@@ -74,7 +74,7 @@ func fixture() (*world, *kernel, *Table) {
 		Namespaces: []*corev1.Namespace{{ObjectMeta: metav1.ObjectMeta{Name: "ns"}}},
 		Pods:       []*corev1.Pod{pod("local", "10.42.0.1"), pod("remote", "10.42.0.2")},
 	}}
-	table := newTable(w, Limits{Entries: 100, Set: 50}, maps.PolicyState{}, 1)
+	table := NewTable(w, Limits{Entries: 100, Set: 50}, maps.PolicyState{Epoch: 1})
 	table.Attach(1, localOf(w.Cluster.Pods[0]), maps.PolicySets{})
 	return w, newKernel(), table
 }

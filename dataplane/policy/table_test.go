@@ -272,8 +272,8 @@ func TestTableProperty(t *testing.T) {
 		for i := range 2 {
 			w.Namespaces = append(w.Namespaces, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint("ns", i), Labels: d.labels("namespace")}})
 		}
-		epoch := uint8(1)
-		table := newTable(w, limits, k.state, epoch)
+		k.state.Epoch = 1
+		table := NewTable(w, limits, k.state)
 
 		var conns []model.Connection
 		var before, after [][2]bool
@@ -364,9 +364,9 @@ func TestTableProperty(t *testing.T) {
 					table.SetNamespace(ns.Name)
 				})
 			default: // the process dies and another starts
-				epoch++
+				k.state.Epoch++
 				change(func() {
-					table = newTable(w, limits, k.state, epoch)
+					table = NewTable(w, limits, k.state)
 					for _, p := range w.locals() {
 						table.Expect(slotOf(p), localOf(p), k.slots[slotOf(p)], true)
 					}
@@ -375,7 +375,7 @@ func TestTableProperty(t *testing.T) {
 					}
 					table.ResolveAll()
 				})
-				k.prune(epoch)
+				k.prune(k.state.Epoch)
 			}
 			if rapid.Bool().Draw(t, "collect") {
 				k.look, k.fail = look, inject
@@ -392,7 +392,7 @@ func TestTableProperty(t *testing.T) {
 			t.Fatalf("%d entries in the kernel, %d are counted", len(k.policy), table.entries)
 		}
 		// A table that starts now writes the same.
-		fresh, other := newTable(w, limits, maps.PolicyState{}, 1), newKernel()
+		fresh, other := NewTable(w, limits, maps.PolicyState{Epoch: 1}), newKernel()
 		for _, p := range w.locals() {
 			fresh.Expect(slotOf(p), localOf(p), maps.PolicySets{}, true)
 		}
@@ -409,8 +409,8 @@ func TestTableProperty(t *testing.T) {
 	})
 }
 
-func (k *kernel) prune(epoch uint8) {
-	scope := uint32(epoch) << 24
+func (k *kernel) prune(epoch uint32) {
+	scope := epoch << 24
 	for key := range k.policy {
 		if maps.EpochOf(key.Set) != scope {
 			delete(k.policy, key)

@@ -1,0 +1,320 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/*
+ * NetworkPolicies: address -> identity, and (set of rules, identity, protocol, port) -> allowed.
+ *
+ * The agent never changes a set or what an identity means; it writes others beside them and then
+ * swaps the one word in policy_slots, or the one identity of an address, that leads there. After
+ * any change it raises the version, and a flow that was judged under another version is judged
+ * again by its next packet. So an established connection costs one comparison, and follows every
+ * change of policy.
+ */
+#pragma once
+#include "conntrack.h"
+#include "counters.h"
+#include "endpoints.h"
+
+/* The sets that both directions of a pod's traffic must satisfy; 0 lets everything pass. */
+struct policy_sets {
+	__u32 ingress, egress;
+};
+
+#define POLICY_CLOSED 0xffffffff /* the set that nothing satisfies */
+/* The scope in which the pods of a set's epoch have their identities. */
+#define POLICY_EPOCH(set) ((set) & 0xff000000)
+
+/* Never replaced, only written in place: a slot's element is never another pod's. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct policy_sets);
+	__uint(max_entries, 4096);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} policy_slots SEC(".maps");
+
+struct policy_state {
+	__u32 version; /* 0: no pod of this node is subject to a policy */
+	__u32 last;    /* version that was given out */
+	__u32 epoch;   /* last one that was given out */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, struct policy_state);
+	__uint(max_entries, 1);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} policy_state SEC(".maps");
+
+/* Pods in the scope of their epoch, IP blocks in the scope of their set. */
+struct identity_key {
+	__u32 bits; /* of scope and address */
+	__u32 scope;
+	struct address addr;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct identity_key);
+	__type(value, __u32);
+	__uint(max_entries, 1048576);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} identities SEC(".maps");
+
+struct policy_key {
+	__u32 bits; /* from set on */
+	__u32 set;
+	__u32 peer; /* an identity, or 0 for everybody */
+	__u8 proto;
+	__u8 port[2]; /* network byte order; not aligned, as the bits of a prefix follow one another
+		       */
+	__u8 pad;
+};
+
+#define POLICY_BITS_PORT 88
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct policy_key);
+	__type(value, __u32);
+	__uint(max_entries, 1048576);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} policy SEC(".maps");
+
+/* Packets that a set dropped; the agent knows the names of its policies. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} policy_drops SEC(".maps");
+
+static __always_inline __u32 policy_version(void)
+{
+	__u32 zero = 0;
+	struct policy_state *s = bpf_map_lookup_elem(&policy_state, &zero);
+
+	return s ? READ_ONCE(s->version) : 0;
+}
+
+/*
+ * What a judgement works on: too much for the stack, and no program of a CPU interrupts another, as
+ * all of them run with bottom halves disabled.
+ */
+struct judgement {
+	struct tuple c; /* the connection: who opened it, and who gets it after translation */
+	__u32 reason;	/* enum counter, if it is denied */
+	__u32 set;	/* that denied it */
+	struct policy_key key;
+	struct identity_key peer;
+	struct range_key range;
+	struct packet fragment;
+	struct flow forward, reply; /* of a translated connection */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__type(key, __u32);
+	__type(value, struct judgement);
+	__uint(max_entries, 1);
+} judgements SEC(".maps");
+
+static __always_inline struct judgement *judgement(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&judgements, &zero);
+}
+
+static __always_inline __u32 identity_of(struct judgement *j, __u32 scope, const struct address *a)
+{
+	__u32 *peer;
+
+	j->peer.bits = 160;
+	j->peer.scope = scope;
+	j->peer.addr = *a;
+	peer = bpf_map_lookup_elem(&identities, &j->peer);
+	return peer ? *peer : 0;
+}
+
+/* Whether a set lets the peer use the port: the same look-ups however many rules it has. */
+static __noinline bool set_allows(struct judgement *j, __u32 set, bool from)
+{
+	const struct address *peer = from ? &j->c.saddr : &j->c.daddr;
+
+	if (set == POLICY_CLOSED)
+		return false;
+	j->key.bits = POLICY_BITS_PORT;
+	j->key.set = set;
+	j->key.peer = 0;
+	j->key.proto = j->c.proto;
+	j->key.pad = 0;
+	__builtin_memcpy(j->key.port, &j->c.dport, sizeof(j->key.port));
+	if (bpf_map_lookup_elem(&policy, &j->key))
+		return true;
+	j->key.peer = identity_of(j, POLICY_EPOCH(set), peer);
+	if (j->key.peer && bpf_map_lookup_elem(&policy, &j->key))
+		return true;
+	j->key.peer = identity_of(j, set, peer);
+	return j->key.peer && bpf_map_lookup_elem(&policy, &j->key);
+}
+
+/* Addresses that this node answers itself: traffic from a pod to its own node is never denied. */
+static __always_inline bool to_this_node(struct judgement *j)
+{
+	__u32 *range;
+
+	if (bpf_map_lookup_elem(&node_addresses, &j->c.daddr))
+		return true;
+	j->range.bits = 128;
+	j->range.addr = j->c.daddr;
+	range = bpf_map_lookup_elem(&ranges, &j->range);
+	return range && *range == RANGE_OPEN;
+}
+
+static __always_inline bool deny(struct judgement *j, enum counter reason, __u32 set)
+{
+	j->reason = set == POLICY_CLOSED ? COUNT_DROP_POLICY_CLOSED : reason;
+	j->set = set;
+	return false;
+}
+
+static __always_inline const struct policy_sets *sets_of(const struct endpoint *ep)
+{
+	__u32 slot = ep->slot;
+
+	return bpf_map_lookup_elem(&policy_slots, &slot);
+}
+
+/* Judges j->c by the policies of either end that is a pod of this node. A pod always reaches
+ * itself. */
+static __noinline bool permitted(struct judgement *j)
+{
+	const struct policy_sets *sets;
+	const struct endpoint *ep;
+	__u32 set;
+
+	if (address_equal(&j->c.saddr, &j->c.daddr))
+		return true;
+	ep = bpf_map_lookup_elem(&endpoints, &j->c.saddr);
+	if (ep) {
+		sets = sets_of(ep);
+		set = sets ? READ_ONCE(sets->egress) : POLICY_CLOSED;
+		if (set && !set_allows(j, set, false) && !to_this_node(j))
+			return deny(j, COUNT_DROP_POLICY_EGRESS, set);
+	}
+	ep = bpf_map_lookup_elem(&endpoints, &j->c.daddr);
+	if (ep) {
+		sets = sets_of(ep);
+		set = sets ? READ_ONCE(sets->ingress) : POLICY_CLOSED;
+		if (set && !set_allows(j, set, true))
+			return deny(j, COUNT_DROP_POLICY_INGRESS, set);
+	}
+	return true;
+}
+
+/* Counts a drop under its reason and its policies. */
+static __noinline bool denied(struct judgement *j)
+{
+	__u64 *n = bpf_map_lookup_elem(&policy_drops, &j->set);
+
+	count(j->reason);
+	if (n)
+		__sync_fetch_and_add(n, 1);
+	return false;
+}
+
+static __always_inline bool opens(const struct packet *p)
+{
+	return (p->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+enum opening { DENIED, OPENED, OPENED_BY_PEER };
+
+/*
+ * Whether a flow may be opened by this packet. A TCP segment that does not open a connection
+ * belongs to one whose entry was lost, and nobody knows who opened that: it passes if either of its
+ * ends may have.
+ */
+static __noinline enum opening may_open(const struct packet *p)
+{
+	struct judgement *j = judgement();
+	__u32 reason, set;
+
+	if (!j)
+		return DENIED;
+	j->c = p->tuple;
+	if (permitted(j))
+		return OPENED;
+	if (p->tuple.proto == IPPROTO_TCP && !opens(p)) {
+		reason = j->reason;
+		set = j->set;
+		tuple_reverse(&j->c, &p->tuple);
+		if (permitted(j))
+			return OPENED_BY_PEER;
+		j->reason = reason;
+		j->set = set;
+	}
+	denied(j);
+	return DENIED;
+}
+
+/* The connection that a packet of a flow belongs to, as it was opened, with its true ends. */
+static __always_inline void connection_of(struct tuple *c, const struct flow *f, __u32 reversed,
+					  const struct packet *p)
+{
+	bool back = f->flags & FLOW_OPENED_BACK;
+
+	if (!(f->flags & FLOW_TRANSLATED)) {
+		if (reversed == back || opens(p))
+			*c = p->tuple;
+		else
+			tuple_reverse(c, &p->tuple);
+	} else if (!(f->flags & FLOW_REPLY)) {
+		*c = p->tuple;
+		c->daddr = f->to.daddr;
+		c->dport = f->to.dport;
+	} else {
+		/* The client is who the answers go to; the backend is who they come from. */
+		if (f->reversed == reversed)
+			tuple_reverse(c, &p->tuple);
+		else
+			*c = p->tuple;
+		c->saddr = f->to.daddr;
+		c->sport = f->to.dport;
+	}
+}
+
+/* Judges a flow anew: policies have changed, or a connection is opened where another was. */
+static __noinline bool flow_judge(struct flow *f, __u32 reversed, const struct packet *p,
+				  __u32 version)
+{
+	struct judgement *j = judgement();
+
+	if (!j)
+		return false;
+	if (version && !(f->flags & FLOW_FROM_NODE && !opens(p))) {
+		connection_of(&j->c, f, reversed, p);
+		if (!permitted(j))
+			return denied(j);
+		if (opens(p) && !(f->flags & FLOW_TRANSLATED)) {
+			f->flags &= ~(FLOW_OPENED_BACK | FLOW_FROM_NODE);
+			if (reversed)
+				f->flags |= FLOW_OPENED_BACK;
+		}
+	}
+	f->checked = version;
+	return true;
+}
+
+static __always_inline bool flow_permitted(struct flow *f, __u32 reversed, const struct packet *p)
+{
+	__u32 version = policy_version();
+
+	if (likely(f->checked == version && !(version && opens(p))))
+		return true;
+	return flow_judge(f, reversed, p, version);
+}

@@ -15,7 +15,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
+	"k8s.io/client-go/tools/record"
 
 	"skep.io/skep/api"
 	"skep.io/skep/dataplane/conntrack"
@@ -23,6 +25,7 @@ import (
 	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/dataplane/maps"
 	"skep.io/skep/dataplane/network"
+	"skep.io/skep/dataplane/policy"
 	"skep.io/skep/dataplane/services"
 )
 
@@ -39,6 +42,7 @@ type Config struct {
 	CgroupPath                 string       // a cgroup2 directory; processes below it get socket translation
 	BPFDir                     string       // default api.BPFDir
 	Informers                  informers.SharedInformerFactory
+	Events                     record.EventRecorder // for policies that cannot be put into force; may be nil
 	Log                        *slog.Logger
 	Metrics                    prometheus.Registerer // may be nil
 }
@@ -49,6 +53,8 @@ type Dataplane struct {
 	loader     *loader.Loader
 	maps       *maps.Maps
 	services   *services.Controller
+	policies   *policy.Controller
+	synced     chan struct{}
 	collectors []prometheus.Collector
 	flows      atomic.Int64 // tracked at the last collection
 
@@ -74,7 +80,7 @@ func New(ctx context.Context, cfg Config) (*Dataplane, error) {
 	if err != nil {
 		return nil, fmt.Errorf("data plane: %w", err)
 	}
-	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps()}
+	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps(), synced: make(chan struct{})}
 	if err := d.start(ctx); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("data plane: %w", err)
@@ -92,6 +98,9 @@ func (d *Dataplane) start(ctx context.Context) error {
 		Log: d.cfg.Log, Metrics: d.cfg.Metrics,
 	})
 	if err != nil {
+		return err
+	}
+	if d.policies, err = d.newPolicies(); err != nil {
 		return err
 	}
 	if err := d.loader.AttachSockets(d.cfg.CgroupPath); err != nil {
@@ -161,11 +170,29 @@ func (d *Dataplane) Run(ctx context.Context) error {
 	wg.Go(func() { gc.Run(ctx) })
 	e := d.subscribe(ctx)
 	wg.Go(func() { d.watchNode(ctx, e) })
+	wg.Go(func() { d.waitSynced(ctx) })
+	policies := make(chan error, 1)
+	wg.Go(func() {
+		policies <- d.policies.Run(ctx)
+		cancel()
+	})
 	err := d.services.Run(ctx)
-	if errors.Is(err, context.Canceled) {
+	cancel()
+	if err = errors.Join(err, <-policies); errors.Is(err, context.Canceled) {
 		return nil
 	}
 	return err
+}
+
+func (d *Dataplane) waitSynced(ctx context.Context) {
+	for _, s := range []<-chan struct{}{d.services.Synced(), d.policies.Synced()} {
+		select {
+		case <-s:
+		case <-ctx.Done():
+			return
+		}
+	}
+	close(d.synced)
 }
 
 // Close releases what this process holds; what is attached stays. Run does it by itself.
@@ -180,11 +207,14 @@ func (d *Dataplane) Close() {
 // Services answers which addresses serve a Service.
 func (d *Dataplane) Services() *services.Table { return d.services.Table() }
 
-// Synced is closed when every Service known at start is in the kernel.
-func (d *Dataplane) Synced() <-chan struct{} { return d.services.Synced() }
+// Synced is closed when every Service and NetworkPolicy known at start is in the kernel.
+func (d *Dataplane) Synced() <-chan struct{} { return d.synced }
 
 // FailedServices lists those that could not be written to the kernel and are being retried.
 func (d *Dataplane) FailedServices() map[string]error { return d.services.Failed() }
+
+// PolicyProblems lists NetworkPolicies that deny more than they say, and why.
+func (d *Dataplane) PolicyProblems() map[types.NamespacedName]string { return d.policies.Problems() }
 
 // ConfigureNode makes device skep0, routes and rules for the node's pod ranges.
 func (d *Dataplane) ConfigureNode(ctx context.Context, podCIDRs []netip.Prefix) error {
@@ -212,75 +242,6 @@ func (d *Dataplane) configure(ctx context.Context, rules bool) error {
 		return fmt.Errorf("node network: %w", err)
 	}
 	return nil
-}
-
-// AttachEndpoint connects a pod: its addresses become known and its veth gets the programs.
-func (d *Dataplane) AttachEndpoint(_ context.Context, e Endpoint) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	v := maps.Endpoint{Ifindex: uint32(e.Ifindex)}
-	copy(v.PodMAC[:], e.PodMAC)
-	copy(v.HostMAC[:], e.HostMAC)
-	for _, a := range e.Addrs {
-		if err := d.maps.SetEndpoint(a.Unmap(), v); err != nil {
-			return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
-		}
-	}
-	if err := d.loader.AttachPod(e.Ifindex); err != nil {
-		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
-	}
-	return nil
-}
-
-// DetachEndpoint undoes AttachEndpoint, also when the device is already gone.
-func (d *Dataplane) DetachEndpoint(_ context.Context, e Endpoint) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	var errs []error
-	for _, a := range e.Addrs {
-		errs = append(errs, d.maps.DeleteEndpoint(a.Unmap(), uint32(e.Ifindex)))
-	}
-	if e.Ifindex > 0 {
-		errs = append(errs, d.loader.DetachPod(e.Ifindex))
-	}
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
-	}
-	return nil
-}
-
-// PruneEndpoints detaches every pod but those to keep, and attaches what of them is missing.
-func (d *Dataplane) PruneEndpoints(ctx context.Context, keep []Endpoint) error {
-	var errs []error
-	addrs, indexes := map[netip.Addr]int{}, map[int]bool{}
-	for _, e := range keep {
-		indexes[e.Ifindex] = true
-		for _, a := range e.Addrs {
-			addrs[a.Unmap()] = e.Ifindex
-		}
-		errs = append(errs, d.AttachEndpoint(ctx, e))
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	known, err := d.maps.Endpoints()
-	if err != nil {
-		return err
-	}
-	for a, e := range known {
-		if index, ok := addrs[a]; !ok || uint32(index) != e.Ifindex {
-			errs = append(errs, d.maps.DeleteEndpoint(a, e.Ifindex))
-		}
-	}
-	attached, err := d.loader.Pods()
-	if err != nil {
-		return err
-	}
-	for _, index := range attached {
-		if !indexes[index] {
-			errs = append(errs, d.loader.DetachPod(index))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // SteerIngress hands connections to port of any of the node's addresses to l, until l is closed.

@@ -4,10 +4,16 @@
 package dataplane
 
 import (
+	"context"
+	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 
 	"k8s.io/apimachinery/pkg/types"
+
+	"skep.io/skep/dataplane/maps"
+	"skep.io/skep/dataplane/policy"
 )
 
 // Endpoint is one pod's attachment to this node's network.
@@ -19,4 +25,137 @@ type Endpoint struct {
 	Ifindex   int              // of the veth's end in the node's namespace
 	PodMAC    net.HardwareAddr // of the pod's end
 	HostMAC   net.HardwareAddr // of the node's end
+}
+
+func (e Endpoint) local() policy.Local {
+	return policy.Local{NamespacedName: types.NamespacedName{Namespace: e.Namespace, Name: e.Name}, UID: e.PodUID}
+}
+
+// Half of what the map of policies holds: an agent that starts writes its own beside those of the one before.
+var policyLimits = policy.Limits{Entries: 1 << 19, Set: 1 << 16}
+
+// newPolicies starts from what the pods have that an earlier process attached.
+func (d *Dataplane) newPolicies() (*policy.Controller, error) {
+	known, err := d.maps.Endpoints()
+	if err != nil {
+		return nil, err
+	}
+	var slots []uint32
+	for _, e := range known {
+		if e.Slot != 0 {
+			slots = append(slots, e.Slot)
+		}
+	}
+	c, err := policy.NewController(policy.Config{
+		Informers: d.cfg.Informers, Kernel: d.maps, Limits: policyLimits, Slots: slots,
+		Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("policies: %w", err)
+	}
+	return c, nil
+}
+
+// slotOf is the policy slot that a pod has already, or 0.
+func (d *Dataplane) slotOf(e Endpoint) (uint32, error) {
+	for _, a := range e.Addrs {
+		v, ok, err := d.maps.Endpoint(a.Unmap())
+		if err != nil {
+			return 0, err
+		}
+		if ok && v.Ifindex == uint32(e.Ifindex) {
+			return v.Slot, nil
+		}
+	}
+	return 0, nil
+}
+
+// AttachEndpoint connects a pod: its addresses become known and its veth gets the programs.
+func (d *Dataplane) AttachEndpoint(_ context.Context, e Endpoint) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	slot, err := d.slotOf(e)
+	if err == nil {
+		slot, err = d.policies.Attach(e.local(), slot)
+	}
+	if err != nil {
+		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+	}
+	v := maps.Endpoint{Ifindex: uint32(e.Ifindex), Slot: slot}
+	copy(v.PodMAC[:], e.PodMAC)
+	copy(v.HostMAC[:], e.HostMAC)
+	for _, a := range e.Addrs {
+		if err := d.maps.SetEndpoint(a.Unmap(), v); err != nil {
+			return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+		}
+	}
+	if err := d.loader.AttachPod(e.Ifindex); err != nil {
+		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+	}
+	return nil
+}
+
+// DetachEndpoint undoes AttachEndpoint, also when the device is already gone.
+func (d *Dataplane) DetachEndpoint(_ context.Context, e Endpoint) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for _, a := range e.Addrs {
+		errs = append(errs, d.maps.DeleteEndpoint(a.Unmap(), uint32(e.Ifindex)))
+	}
+	if e.Ifindex > 0 {
+		errs = append(errs, d.loader.DetachPod(e.Ifindex))
+	}
+	if errors.Join(errs...) == nil {
+		d.policies.Detach(e.local())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
+	}
+	return nil
+}
+
+// PruneEndpoints detaches every pod but those to keep, and attaches what of them is missing.
+func (d *Dataplane) PruneEndpoints(ctx context.Context, keep []Endpoint) error {
+	var errs []error
+	addrs, indexes := map[netip.Addr]int{}, map[int]bool{}
+	for _, e := range keep {
+		indexes[e.Ifindex] = true
+		for _, a := range e.Addrs {
+			addrs[a.Unmap()] = e.Ifindex
+		}
+		errs = append(errs, d.AttachEndpoint(ctx, e))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	known, err := d.maps.Endpoints()
+	if err != nil {
+		return err
+	}
+	gone, used := map[uint32]bool{}, map[uint32]bool{} // policy slots
+	for a, e := range known {
+		if index, ok := addrs[a]; !ok || uint32(index) != e.Ifindex {
+			err := d.maps.DeleteEndpoint(a, e.Ifindex)
+			if errs = append(errs, err); err == nil {
+				gone[e.Slot] = true
+			}
+		} else {
+			used[e.Slot] = true
+		}
+	}
+	for slot := range gone {
+		if !used[slot] {
+			d.policies.Release(slot)
+		}
+	}
+	attached, err := d.loader.Pods()
+	if err != nil {
+		return err
+	}
+	for _, index := range attached {
+		if !indexes[index] {
+			errs = append(errs, d.loader.DetachPod(index))
+		}
+	}
+	return errors.Join(errs...)
 }

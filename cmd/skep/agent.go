@@ -10,6 +10,11 @@ import (
 	"net/netip"
 	"slices"
 
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/tools/record"
+
 	"skep.io/skep/dataplane"
 	"skep.io/skep/ingress"
 	"skep.io/skep/node"
@@ -32,6 +37,10 @@ func (p *process) newAgent(ctx context.Context) (*agent, error) {
 	if err != nil {
 		return nil, err
 	}
+	events, err := p.nodeEvents(ctx)
+	if err != nil {
+		return nil, err
+	}
 	a.dataplane, err = dataplane.New(ctx, dataplane.Config{
 		NodeName: p.settings.nodeName, NodeIPs: p.settings.nodeIPs,
 		ClusterCIDRs: p.settings.clusterCIDRs, ServiceCIDRs: p.settings.serviceCIDRs, ClusterDNS: p.settings.clusterDNS,
@@ -39,7 +48,7 @@ func (p *process) newAgent(ctx context.Context) (*agent, error) {
 			First: uint16(p.settings.nodePortRange.Base),
 			Last:  uint16(p.settings.nodePortRange.Base + p.settings.nodePortRange.Size - 1),
 		},
-		CgroupPath: cgroup2, Informers: p.informers, Log: p.log.With("part", "dataplane"), Metrics: p.metrics,
+		CgroupPath: cgroup2, Informers: p.informers, Events: events, Log: p.log.With("part", "dataplane"), Metrics: p.metrics,
 	})
 	if err != nil {
 		return nil, err
@@ -53,6 +62,18 @@ func (p *process) newAgent(ctx context.Context) (*agent, error) {
 		return nil, err
 	}
 	return a, nil
+}
+
+// nodeEvents writes the data plane's events in the name of the node.
+func (p *process) nodeEvents(ctx context.Context) (record.EventRecorder, error) {
+	client, err := p.client("system:node:"+p.settings.nodeName, "system:nodes")
+	if err != nil {
+		return nil, err
+	}
+	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
+	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: client.CoreV1().Events("")})
+	context.AfterFunc(ctx, broadcaster.Shutdown)
+	return broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "skep-dataplane", Host: p.settings.nodeName}), nil
 }
 
 func (a *agent) parts() []part {

@@ -78,6 +78,22 @@ func testNodes(t *testing.T, s *testServer) {
 	if _, err := node.CoreV1().Secrets("default").Get(ctx, "unused", metav1.GetOptions{}); !apierrors.IsForbidden(err) {
 		t.Errorf("a node reads any secret: %v", err)
 	}
+	// What NetworkPolicies are about, a node sees everywhere; and only sees.
+	if _, err := node.NetworkingV1().NetworkPolicies("").List(ctx, metav1.ListOptions{}); err != nil {
+		t.Errorf("a node lists NetworkPolicies: %v", err)
+	}
+	if _, err := node.CoreV1().Namespaces().List(ctx, metav1.ListOptions{}); err != nil {
+		t.Errorf("a node lists Namespaces: %v", err)
+	}
+	if _, err := node.CoreV1().Pods("").List(ctx, metav1.ListOptions{}); err != nil {
+		t.Errorf("a node lists Pods: %v", err)
+	}
+	if err := node.NetworkingV1().NetworkPolicies("default").Delete(ctx, "any", metav1.DeleteOptions{}); !apierrors.IsForbidden(err) {
+		t.Errorf("a node deletes a NetworkPolicy: %v", err)
+	}
+	if _, err := node.CoreV1().Secrets("").List(ctx, metav1.ListOptions{}); !apierrors.IsForbidden(err) {
+		t.Errorf("a node lists Secrets: %v", err)
+	}
 	// A token bound to its pod.
 	tr, err := node.CoreV1().ServiceAccounts("default").CreateToken(ctx, "default", &authenticationv1.TokenRequest{Spec: authenticationv1.TokenRequestSpec{
 		BoundObjectRef: &authenticationv1.BoundObjectReference{Kind: "Pod", APIVersion: "v1", Name: "p", UID: created.UID}}}, metav1.CreateOptions{})

@@ -5,12 +5,14 @@ package apiserver
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apiserver/pkg/authentication/user"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/component-helpers/auth/rbac/reconciliation"
@@ -42,6 +44,23 @@ var bootstrapHooks = map[string]genericapiserver.PostStartHookFunc{
 		return retryBootstrap(c, "system priority classes", ensurePriorityClasses)
 	},
 }
+
+// Upstream's nodes see their own pods only, as kubelets do. skep's nodes also do the network: NetworkPolicies
+// name pods and namespaces by labels, and the node that enforces them must find their addresses.
+var (
+	nodeNetworkRole = rbacv1.ClusterRole{
+		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-network"},
+		Rules: []rbacv1.PolicyRule{
+			{Verbs: []string{"list", "watch"}, APIGroups: []string{"networking.k8s.io"}, Resources: []string{"networkpolicies"}},
+			{Verbs: []string{"list", "watch"}, APIGroups: []string{""}, Resources: []string{"pods", "namespaces"}},
+		},
+	}
+	nodeNetworkBinding = rbacv1.ClusterRoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-network"},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "skep:node-network"},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: user.NodesGroup}},
+	}
+)
 
 func retryBootstrap(c genericapiserver.PostStartHookContext, what string, ensure func(context.Context, kubernetes.Interface) error) error {
 	client, err := kubernetes.NewForConfig(c.LoopbackClientConfig)
@@ -98,10 +117,10 @@ func ensureRBAC(ctx context.Context, client kubernetes.Interface) error {
 		})
 	}
 
-	for _, r := range append(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles()...) {
+	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), []rbacv1.ClusterRole{nodeNetworkRole}) {
 		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.ClusterRoleRuleOwner{ClusterRole: &r}, Client: clusterRoles})
 	}
-	for _, b := range append(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings()...) {
+	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), []rbacv1.ClusterRoleBinding{nodeNetworkBinding}) {
 		binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.ClusterRoleBindingAdapter{ClusterRoleBinding: &b}, Client: clusterRoleBindings})
 	}
 	for _, roles := range bootstrappolicy.NamespaceRoles() {

@@ -95,6 +95,18 @@ func (m *Maps) SetEndpoint(a netip.Addr, e Endpoint) error {
 	return nil
 }
 
+// Endpoint finds the pod that has an address; ok is false if none has.
+func (m *Maps) Endpoint(a netip.Addr) (e Endpoint, ok bool, err error) {
+	key := AddressOf(a)
+	switch err := m.endpoints.Lookup(&key, &e); {
+	case errors.Is(err, ebpf.ErrKeyNotExist):
+		return e, false, nil
+	case err != nil:
+		return e, false, fmt.Errorf("endpoint %s: %w", a, err)
+	}
+	return e, true, nil
+}
+
 // DeleteEndpoint forgets a pod's address if it is still that of the device ifindex.
 func (m *Maps) DeleteEndpoint(a netip.Addr, ifindex uint32) error {
 	key := AddressOf(a)

@@ -154,27 +154,6 @@ func (c *cluster) noFinalizers(ns string) {
 	})
 }
 
-func (c *cluster) waitEvents(ns string, wants ...string) {
-	c.Helper()
-	c.eventually("events", func(ctx context.Context) error {
-		events, err := c.client.CoreV1().Events(ns).List(ctx, metav1.ListOptions{})
-		if err != nil {
-			return err
-		}
-		var all []string
-		for _, e := range events.Items {
-			all = append(all, e.Source.Component+" "+e.Reason+" "+e.InvolvedObject.Name+" "+e.Message)
-		}
-		text := strings.Join(all, "\n")
-		for _, want := range wants {
-			if !strings.Contains(text, want) {
-				return fmt.Errorf("no event says %q in:\n%s", want, text)
-			}
-		}
-		return nil
-	})
-}
-
 // TestJobs walks Jobs through the API server's real validation and authorization.
 func TestJobs(t *testing.T) {
 	c := newCluster(t)
@@ -277,12 +256,12 @@ func TestJobs(t *testing.T) {
 	}
 
 	c.checkAdoption(ns)
-	c.waitEvents(ns,
-		"job-controller SuccessfulCreate plain Created pod: plain-", "job-controller Completed plain Job completed",
-		"job-controller FailedIndexes per-index Job has failed indexes",
-		"job-controller PodFailurePolicy policy Container c for pod work/policy-",
-		"job-controller Suspended pause Job suspended", "job-controller Resumed pause Job resumed", "job-controller SuccessfulDelete pause Deleted pod: pause-",
-		"job-controller DeadlineExceeded late Job was active longer than specified deadline")
+	c.checkEvents(ns,
+		"job-controller SuccessfulCreate Created pod: plain-", "job-controller Completed Job completed",
+		"job-controller FailedIndexes Job has failed indexes",
+		"job-controller PodFailurePolicy Container c for pod work/policy-",
+		"job-controller Suspended Job suspended", "job-controller Resumed Job resumed", "job-controller SuccessfulDelete Deleted pod: pause-",
+		"job-controller DeadlineExceeded Job was active longer than specified deadline")
 
 	// Jobs go with their pods, or leave them behind without the finalizer.
 	orphaned := c.podsOf(ns, "pause", 2)
@@ -418,7 +397,7 @@ func TestCronJobs(t *testing.T) {
 		}
 		return err
 	})
-	c.waitEvents(ns, "cronjob-controller SuccessfulCreate often Created job "+job.Name, "cronjob-controller SawCompletedJob often Saw completed job: "+job.Name+", condition: Complete")
+	c.checkEvents(ns, "cronjob-controller SuccessfulCreate Created job "+job.Name, "cronjob-controller SawCompletedJob Saw completed job: "+job.Name+", condition: Complete")
 
 	if err := client.Delete(ctx, "often", metav1.DeleteOptions{}); err != nil {
 		t.Fatal(err)

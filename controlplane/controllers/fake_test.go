@@ -108,7 +108,7 @@ func newFakeCluster(t *testing.T, entries []entry, timing nodelifecycle.Timing, 
 	f.eventually("watches to open", func(context.Context) error {
 		kinds := []string{"pods", "nodes"}
 		if len(entries) > 1 {
-			kinds = append(kinds, "replicasets", "deployments", "daemonsets", "controllerrevisions", "services", "endpointslices", "leases")
+			kinds = append(kinds, "replicasets", "deployments", "daemonsets", "statefulsets", "controllerrevisions", "services", "endpointslices", "leases")
 		}
 		for _, kind := range kinds {
 			if _, ok := f.watched.Load(kind); !ok {

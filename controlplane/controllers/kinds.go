@@ -48,6 +48,7 @@ var inFull = map[schema.GroupVersionResource]bool{
 	appsv1.SchemeGroupVersion.WithResource("deployments"):            true,
 	appsv1.SchemeGroupVersion.WithResource("replicasets"):            true,
 	appsv1.SchemeGroupVersion.WithResource("daemonsets"):             true,
+	appsv1.SchemeGroupVersion.WithResource("statefulsets"):           true,
 	appsv1.SchemeGroupVersion.WithResource("controllerrevisions"):    true,
 	batchv1.SchemeGroupVersion.WithResource("cronjobs"):              true,
 	batchv1.SchemeGroupVersion.WithResource("jobs"):                  true,

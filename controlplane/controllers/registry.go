@@ -15,6 +15,7 @@ import (
 	"skep.io/skep/controlplane/controllers/nodelifecycle"
 	"skep.io/skep/controlplane/controllers/podgc"
 	"skep.io/skep/controlplane/controllers/replicaset"
+	"skep.io/skep/controlplane/controllers/statefulset"
 )
 
 // account is the user that upstream's bootstrap policy knows a controller by.
@@ -54,6 +55,9 @@ func own() []entry {
 		}},
 		{"replicaset", account("replicaset-controller"), func(_ context.Context, e env) (run, error) {
 			return started(replicaset.New(e.deps))
+		}},
+		{"statefulset", account("statefulset-controller"), func(_ context.Context, e env) (run, error) {
+			return started(statefulset.New(e.deps))
 		}},
 		{"daemonset", account("daemon-set-controller"), func(_ context.Context, e env) (run, error) {
 			return started(daemonset.New(e.deps))

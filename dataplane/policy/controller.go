@@ -41,9 +41,9 @@ type Config struct {
 	Informers informers.SharedInformerFactory
 	Kernel    Kernel
 	Limits    Limits
-	Slots     []uint32              // that pods have which an earlier process attached
-	Events    record.EventRecorder  // may be nil
-	Log       *slog.Logger          //
+	Slots     []uint32             // that pods have which an earlier process attached
+	Events    record.EventRecorder // may be nil
+	Log       *slog.Logger
 	Metrics   prometheus.Registerer // may be nil
 }
 
@@ -59,9 +59,9 @@ type Controller struct {
 
 	mu        sync.Mutex // of all below
 	table     *Table
-	resolved  bool                            // policies are known
-	unclaimed map[uint32]bool                 // slots with sets of an earlier epoch
-	pruned    bool                            //
+	resolved  bool            // policies are known
+	unclaimed map[uint32]bool // slots with sets of an earlier epoch
+	pruned    bool
 	told      map[types.NamespacedName]string // problems with events
 	past      map[dropLabels]uint64           // drops of sets that are gone
 }

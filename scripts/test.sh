@@ -12,7 +12,9 @@ install_missing runc runc iptables iptables ip iproute2 busybox busybox-static
 # Some tests drive the API with kubectl, as a person would: the host's, or one built from the same
 # release that skep serves.
 if ! command -v kubectl >/dev/null 2>&1; then
-  go build -o .build/kubectl/kubectl k8s.io/kubernetes/cmd/kubectl
+  version=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
+  # Without a version of its own it finds itself unfit for any server.
+  go build -ldflags "-X k8s.io/component-base/version.gitVersion=$version" -o .build/kubectl/kubectl k8s.io/kubernetes/cmd/kubectl
   export PATH=$PATH:$PWD/.build/kubectl
 fi
 

@@ -160,7 +160,7 @@ func untilCommand(ts *testscript.TestScript, neg bool, args []string) {
 // scriptEnv is the part of the script's environment that its programs need.
 func scriptEnv(ts *testscript.TestScript) []string {
 	var env []string
-	for _, key := range []string{"PATH", "WORK", "HOME", "TMPDIR", "LANG", "TERM", "KUBECONFIG", "NS", nodeEnv, outsideEnv, pathEnv} {
+	for _, key := range []string{"PATH", "WORK", "HOME", "TMPDIR", "LANG", "TERM", "KUBECONFIG", "NS", nodeEnv, outsideEnv, pathEnv, kubectlEnv} {
 		if value := ts.Getenv(key); value != "" {
 			env = append(env, key+"="+value)
 		}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"testing"
 	"time"
 
@@ -24,10 +25,18 @@ const (
 	nodeEnv    = "SKEP_TEST_NODE"    // place of the node
 	outsideEnv = "SKEP_TEST_OUTSIDE" // place of the client on the node's LAN
 	pathEnv    = "SKEP_TEST_PATH"    // PATH on the node
+	kubectlEnv = "SKEP_TEST_KUBECTL" // the kubectl of whoever runs the tests
 )
 
 func TestMain(m *testing.M) {
 	cluster.Helper()
+	// Before testscript puts this binary's own kubectl first in PATH, and only once.
+	if _, known := os.LookupEnv(kubectlEnv); !known {
+		file, _ := exec.LookPath("kubectl")
+		if err := os.Setenv(kubectlEnv, file); err != nil {
+			panic(err)
+		}
+	}
 	testscript.Main(m, map[string]func(){
 		"skep":    command(nodeEnv, "skep"),
 		"kubectl": command(nodeEnv, "kubectl"),
@@ -59,9 +68,14 @@ func elsewhere(place string, argv []string) error {
 	if tools.Tools[argv[0]] != nil {
 		return cluster.EnterTool(place, argv[0], argv[1:])
 	}
-	if argv[0] == "kubectl" && os.Getenv("KUBECONFIG") == "" {
-		if err := os.Setenv("KUBECONFIG", api.KubeconfigPath); err != nil {
-			return err
+	if argv[0] == "kubectl" {
+		if argv[0] = os.Getenv(kubectlEnv); argv[0] == "" {
+			return errors.New("no kubectl in PATH: install one, or run `make test`, which builds it")
+		}
+		if os.Getenv("KUBECONFIG") == "" {
+			if err := os.Setenv("KUBECONFIG", api.KubeconfigPath); err != nil {
+				return err
+			}
 		}
 	}
 	return cluster.EnterFrom(place, argv)

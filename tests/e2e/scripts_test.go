@@ -141,6 +141,7 @@ type script struct {
 func (s *script) environment(set func(key, value string)) {
 	set(nodeEnv, s.node.Place())
 	set(outsideEnv, s.node.LAN.Place())
+	set(kubectlEnv, os.Getenv(kubectlEnv))
 	for _, kv := range s.node.Env() {
 		key, value, _ := strings.Cut(kv, "=")
 		if key == "PATH" {

@@ -36,8 +36,8 @@ require (
 	k8s.io/cri-streaming v0.37.0
 	k8s.io/endpointslice v0.0.0
 	k8s.io/kube-aggregator v0.0.0
-	k8s.io/kubectl v0.0.0
 	k8s.io/kube-scheduler v0.0.0
+	k8s.io/kubectl v0.0.0
 	k8s.io/kubernetes v1.36.3
 	k8s.io/utils v0.0.0-20260626114624-be93311217bd
 	pgregory.net/rapid v1.3.0

@@ -4,11 +4,13 @@ package main
 
 import (
 	"bufio"
+	"debug/elf"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -30,8 +32,12 @@ func giveBackMemory(log *slog.Logger) {
 
 // dropBinaryPages unmaps the read-only pages of the executable. They stay in the page cache, and
 // the next use of one maps it again: after a start that is a third of them (madvise(2),
-// MADV_DONTNEED on a private file mapping).
+// MADV_DONTNEED on a private file mapping). A binary that the dynamic linker relocates, as with cgo,
+// is left alone: its read-only pages were written to before they became read-only (RELRO).
 func dropBinaryPages() error {
+	if relocated, err := isRelocated("/proc/self/exe"); err != nil || relocated {
+		return err
+	}
 	f, err := os.Open("/proc/self/maps")
 	if err != nil {
 		return err
@@ -51,6 +57,17 @@ func dropBinaryPages() error {
 		}
 	}
 	return nil
+}
+
+func isRelocated(binary string) (bool, error) {
+	f, err := elf.Open(binary)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	return slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool {
+		return p.Type == elf.PT_DYNAMIC || p.Type == elf.PT_GNU_RELRO
+	}), nil
 }
 
 type addressRange struct{ start, end uintptr }

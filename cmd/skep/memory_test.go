@@ -3,6 +3,7 @@
 package main
 
 import (
+	"debug/elf"
 	"reflect"
 	"strings"
 	"testing"
@@ -32,5 +33,21 @@ func TestDropBinaryPages(t *testing.T) {
 		if err := dropBinaryPages(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestRelocated: this test's binary is relocated where cgo is on, and then dropping pages would end it.
+func TestRelocated(t *testing.T) {
+	relocated, err := isRelocated("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := elf.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if dynamic := f.Section(".dynamic") != nil; relocated != dynamic {
+		t.Errorf("got %v, but a dynamic section: %v", relocated, dynamic)
 	}
 }

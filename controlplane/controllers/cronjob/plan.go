@@ -119,7 +119,7 @@ func (p *Plan) trim(s Snapshot) {
 		}
 		var jobs []*batchv1.Job
 		for _, job := range s.Jobs {
-			if over, how := jobutil.FinishedCondition(job); over && how == kind && job.DeletionTimestamp == nil {
+			if over, how := jobutil.FinishedCondition(job); over && how == kind && job.DeletionTimestamp == nil && recorded(s.CronJob, job) {
 				jobs = append(jobs, job)
 			}
 		}
@@ -127,6 +127,17 @@ func (p *Plan) trim(s Snapshot) {
 		p.Delete = append(p.Delete, jobs[:max(0, len(jobs)-int(*limit))]...)
 	}
 	slices.SortFunc(p.Delete, byStart)
+}
+
+// recorded tells whether the CronJob's status has the Job's start. Until it has, the Job itself is the
+// only sign that its minute was served, and without it a crash would start that minute again.
+func recorded(cj *batchv1.CronJob, job *batchv1.Job) bool {
+	at, err := time.Parse(time.RFC3339, job.Annotations[batchv1.CronJobScheduledTimestampAnnotation])
+	if err != nil {
+		return true // started by hand
+	}
+	last := cj.Status.LastScheduleTime
+	return last != nil && !at.After(last.Time)
 }
 
 func byStart(a, b *batchv1.Job) int {

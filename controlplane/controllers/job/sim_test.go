@@ -203,10 +203,8 @@ func (w *world) release(uid types.UID) {
 	u := w.job.Status.UncountedTerminatedPods
 	inSucceeded, inFailed := slices.Contains(u.Succeeded, uid), slices.Contains(u.Failed, uid)
 	switch {
-	case indexed(w.job) && pod.Status.Phase == corev1.PodSucceeded && !inFailed:
-		if !ParseIndexes(w.job.Status.CompletedIndexes, 1000).Has(indexOf(pod)) {
-			w.Fatalf("pod %s is released before its index is in %q", uid, w.job.Status.CompletedIndexes)
-		}
+	case indexed(w.job) && pod.Status.Phase == corev1.PodSucceeded && !inFailed &&
+		ParseIndexes(w.job.Status.CompletedIndexes, 1000).Has(indexOf(pod)):
 		w.releasedAs[uid] = corev1.PodSucceeded
 	case inSucceeded:
 		w.releasedAs[uid] = corev1.PodSucceeded
@@ -214,9 +212,10 @@ func (w *world) release(uid types.UID) {
 		w.releasedAs[uid] = corev1.PodFailed
 		w.failures[indexOf(pod)]++
 	case isTrue(&w.job.Status, batchv1.JobSuccessCriteriaMet) && pod.DeletionTimestamp != nil, ignored(w.job, pod):
+		// Nobody needs it any more; it may even have succeeded since the cache saw it.
 		w.releasedAs[uid] = ""
 	default:
-		w.Fatalf("pod %s (%s) is released though nothing counts it: %+v", uid, pod.Status.Phase, u)
+		w.Fatalf("pod %s (%s) is released though nothing counts it: %q, %+v", uid, pod.Status.Phase, w.job.Status.CompletedIndexes, u)
 	}
 	w.memory.untrack(w.job.UID, uid)
 	w.change(uid, func(p *corev1.Pod) { p.Finalizers = nil })

@@ -83,17 +83,14 @@ func (c *Controller) wakeOwner(job *batchv1.Job) {
 	}
 }
 
+func (c *Controller) cached(namespace, name string) (*batchv1.CronJob, error) {
+	return c.cronJobs.CronJobs(namespace).Get(name)
+}
+
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
-	namespace, name, err := cache.SplitMetaNamespaceKey(key)
-	if err != nil {
-		return 0, fmt.Errorf("queue key %q: %w", key, err)
-	}
-	cj, err := c.cronJobs.CronJobs(namespace).Get(name)
-	if apierrors.IsNotFound(err) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, fmt.Errorf("read cron job %s: %w", key, err)
+	cj, found, err := runner.Find(key, c.cached)
+	if err != nil || !found {
+		return 0, err
 	}
 	s, err := c.snapshot(ctx, cj)
 	if err != nil {

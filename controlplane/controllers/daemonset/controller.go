@@ -10,7 +10,6 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/sets"
@@ -52,32 +51,19 @@ func New(deps runner.Deps) (*Controller, error) {
 		backOff:    newBackOff(),
 	}
 	c.queue = runner.New("daemonset", workers, deps, c.sync)
-	c.pods = runner.Pods[*appsv1.DaemonSet]{
-		Kind: Kind, Queue: c.queue, Expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
-		Control: controller.RealPodControl{KubeClient: deps.Client, Recorder: c.recorder},
-		Indexer: core.Pods().Informer().GetIndexer(),
-		Cached: func(namespace, name string) (*appsv1.DaemonSet, error) {
-			return c.daemonSets.DaemonSets(namespace).Get(name)
-		},
-		Fresh: func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.DaemonSet, error) {
-			return deps.Client.AppsV1().DaemonSets(namespace).Get(ctx, name, opts)
-		},
-		Matching: c.daemonSets.GetPodDaemonSets,
+	var err error
+	if c.pods, err = runner.NewPods[*appsv1.DaemonSet](deps, Kind, c.queue, c.recorder); err != nil {
+		return nil, err
 	}
-	if err := controller.AddPodControllerIndexer(core.Pods().Informer()); err != nil {
-		return nil, fmt.Errorf("index pods by owner: %w", err)
+	c.pods.Cached = func(namespace, name string) (*appsv1.DaemonSet, error) {
+		return c.daemonSets.DaemonSets(namespace).Get(name)
 	}
+	c.pods.Fresh = func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.DaemonSet, error) {
+		return deps.Client.AppsV1().DaemonSets(namespace).Get(ctx, name, opts)
+	}
+	c.pods.Matching = c.daemonSets.GetPodDaemonSets
 
-	daemonSetsSynced, err := runner.Watch(daemonSets.Informer(), runner.Handlers[*appsv1.DaemonSet]{
-		Add: func(ds *appsv1.DaemonSet) { c.queue.Add(runner.Key(ds)) },
-		Update: func(old, cur *appsv1.DaemonSet) {
-			if old.UID != cur.UID {
-				c.forget(old)
-			}
-			c.queue.Add(runner.Key(cur))
-		},
-		Delete: c.forget,
-	})
+	daemonSetsSynced, err := runner.Watch(daemonSets.Informer(), c.pods.Owners(c.forget))
 	if err != nil {
 		return nil, err
 	}
@@ -139,17 +125,13 @@ func (c *Controller) nodeChanged(old, cur *corev1.Node) {
 }
 
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
-	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	ds, found, err := runner.Find(key, c.pods.Cached)
 	if err != nil {
-		return 0, fmt.Errorf("queue key %q: %w", key, err)
+		return 0, err
 	}
-	ds, err := c.daemonSets.DaemonSets(namespace).Get(name)
-	if apierrors.IsNotFound(err) {
+	if !found {
 		c.pods.Forget(key)
 		return 0, nil
-	}
-	if err != nil {
-		return 0, fmt.Errorf("read daemon set %s: %w", key, err)
 	}
 	if ds.DeletionTimestamp != nil {
 		// Its revisions may be going already, so nobody can tell which pods are old.

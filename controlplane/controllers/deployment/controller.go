@@ -120,7 +120,7 @@ func (c *Controller) owner(rs *appsv1.ReplicaSet) *appsv1.Deployment {
 	if ref == nil || ref.Kind != Kind.Kind {
 		return nil
 	}
-	d, err := c.deployments.Deployments(rs.Namespace).Get(ref.Name)
+	d, err := c.cached(rs.Namespace, ref.Name)
 	if err != nil || d.UID != ref.UID {
 		return nil
 	}
@@ -142,17 +142,14 @@ func (c *Controller) enqueueForRecreate(pod *corev1.Pod) {
 	}
 }
 
+func (c *Controller) cached(namespace, name string) (*appsv1.Deployment, error) {
+	return c.deployments.Deployments(namespace).Get(name)
+}
+
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
-	namespace, name, err := cache.SplitMetaNamespaceKey(key)
-	if err != nil {
-		return 0, fmt.Errorf("queue key %q: %w", key, err)
-	}
-	d, err := c.deployments.Deployments(namespace).Get(name)
-	if apierrors.IsNotFound(err) {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, fmt.Errorf("read deployment %s: %w", key, err)
+	d, found, err := runner.Find(key, c.cached)
+	if err != nil || !found {
+		return 0, err
 	}
 	snapshot, err := c.snapshot(ctx, d)
 	if err != nil {

@@ -19,7 +19,6 @@ import (
 	batchlisters "k8s.io/client-go/listers/batch/v1"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
-	"k8s.io/kubernetes/pkg/controller"
 	"k8s.io/kubernetes/pkg/features"
 
 	"skep.io/skep/controlplane/controllers/runner"
@@ -54,20 +53,15 @@ func New(deps runner.Deps) (*Controller, error) {
 	}
 	c.queue = runner.New("job", workers, deps, c.sync)
 	c.orphans = runner.New("job-orphans", 1, deps, c.syncOrphan)
-	c.pods = runner.Pods[*batchv1.Job]{
-		Kind: Kind, Queue: c.queue,
-		Expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
-		Control:      controller.RealPodControl{KubeClient: deps.Client, Recorder: c.recorder},
-		Indexer:      pods.Informer().GetIndexer(),
-		Cached:       func(namespace, name string) (*batchv1.Job, error) { return c.jobs.Jobs(namespace).Get(name) },
-		Fresh: func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*batchv1.Job, error) {
-			return deps.Client.BatchV1().Jobs(namespace).Get(ctx, name, opts)
-		},
-		Matching: c.matching,
+	var err error
+	if c.pods, err = runner.NewPods[*batchv1.Job](deps, Kind, c.queue, c.recorder); err != nil {
+		return nil, err
 	}
-	if err := controller.AddPodControllerIndexer(pods.Informer()); err != nil {
-		return nil, fmt.Errorf("index pods by owner: %w", err)
+	c.pods.Cached = func(namespace, name string) (*batchv1.Job, error) { return c.jobs.Jobs(namespace).Get(name) }
+	c.pods.Fresh = func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*batchv1.Job, error) {
+		return deps.Client.BatchV1().Jobs(namespace).Get(ctx, name, opts)
 	}
+	c.pods.Matching = c.matching
 	jobsSynced, err := runner.Watch(jobs.Informer(), runner.Handlers[*batchv1.Job]{
 		Add: func(job *batchv1.Job) { c.queue.Add(runner.Key(job)) },
 		Update: func(old, cur *batchv1.Job) {

@@ -10,7 +10,6 @@ import (
 	"github.com/go-logr/logr"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	utilfeature "k8s.io/apiserver/pkg/util/feature"
 	appslisters "k8s.io/client-go/listers/apps/v1"
@@ -48,22 +47,18 @@ func New(deps runner.Deps) (*Controller, error) {
 		terminating: utilfeature.DefaultFeatureGate.Enabled(features.DeploymentReplicaSetTerminatingReplicas),
 	}
 	c.queue = runner.New("replicaset", workers, deps, c.sync)
-	c.pods = runner.Pods[*appsv1.ReplicaSet]{
-		Kind: Kind, Queue: c.queue, Expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
-		Control: controller.RealPodControl{KubeClient: deps.Client, Recorder: deps.Recorder("replicaset-controller")},
-		Indexer: pods.Informer().GetIndexer(),
-		Cached: func(namespace, name string) (*appsv1.ReplicaSet, error) {
-			return c.replicaSets.ReplicaSets(namespace).Get(name)
-		},
-		Fresh: func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.ReplicaSet, error) {
-			return deps.Client.AppsV1().ReplicaSets(namespace).Get(ctx, name, opts)
-		},
-		Matching: c.replicaSets.GetPodReplicaSets,
+	var err error
+	if c.pods, err = runner.NewPods[*appsv1.ReplicaSet](deps, Kind, c.queue, deps.Recorder("replicaset-controller")); err != nil {
+		return nil, err
 	}
-	if err := controller.AddPodControllerIndexer(pods.Informer()); err != nil {
-		return nil, fmt.Errorf("index pods by owner: %w", err)
+	c.pods.Cached = func(namespace, name string) (*appsv1.ReplicaSet, error) {
+		return c.replicaSets.ReplicaSets(namespace).Get(name)
 	}
-	err := replicaSets.Informer().AddIndexers(cache.Indexers{ownerIndex: func(obj any) ([]string, error) {
+	c.pods.Fresh = func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.ReplicaSet, error) {
+		return deps.Client.AppsV1().ReplicaSets(namespace).Get(ctx, name, opts)
+	}
+	c.pods.Matching = c.replicaSets.GetPodReplicaSets
+	err = replicaSets.Informer().AddIndexers(cache.Indexers{ownerIndex: func(obj any) ([]string, error) {
 		rs, ok := obj.(*appsv1.ReplicaSet)
 		if !ok {
 			return nil, nil
@@ -77,16 +72,7 @@ func New(deps runner.Deps) (*Controller, error) {
 		return nil, fmt.Errorf("index replica sets by owner: %w", err)
 	}
 
-	replicaSetsSynced, err := runner.Watch(replicaSets.Informer(), runner.Handlers[*appsv1.ReplicaSet]{
-		Add: func(rs *appsv1.ReplicaSet) { c.queue.Add(runner.Key(rs)) },
-		Update: func(old, cur *appsv1.ReplicaSet) {
-			if old.UID != cur.UID {
-				c.forget(old)
-			}
-			c.queue.Add(runner.Key(cur))
-		},
-		Delete: c.forget,
-	})
+	replicaSetsSynced, err := runner.Watch(replicaSets.Informer(), c.pods.Owners(c.forget))
 	if err != nil {
 		return nil, err
 	}
@@ -107,17 +93,13 @@ func (c *Controller) forget(rs *appsv1.ReplicaSet) {
 }
 
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
-	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	rs, found, err := runner.Find(key, c.pods.Cached)
 	if err != nil {
-		return 0, fmt.Errorf("queue key %q: %w", key, err)
+		return 0, err
 	}
-	rs, err := c.replicaSets.ReplicaSets(namespace).Get(name)
-	if apierrors.IsNotFound(err) {
+	if !found {
 		c.pods.Forget(key)
 		return 0, nil
-	}
-	if err != nil {
-		return 0, fmt.Errorf("read replica set %s: %w", key, err)
 	}
 	settled := c.pods.Settled(key)
 	s, err := c.snapshot(ctx, rs)

@@ -5,6 +5,7 @@ package runner
 import (
 	"fmt"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 )
@@ -50,6 +51,21 @@ func Watch[T metav1.Object](informer cache.SharedIndexInformer, h Handlers[T]) (
 		return nil, fmt.Errorf("watch %T: %w", zero, err)
 	}
 	return registration.HasSynced, nil
+}
+
+// Find is the cached object of a queue key; there may be none any more.
+func Find[T metav1.Object](key string, get func(namespace, name string) (T, error)) (obj T, found bool, err error) {
+	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	if err != nil {
+		return obj, false, fmt.Errorf("queue key %q: %w", key, err)
+	}
+	switch obj, err = get(namespace, name); {
+	case apierrors.IsNotFound(err):
+		return obj, false, nil
+	case err != nil:
+		return obj, false, fmt.Errorf("read %T %s: %w", obj, key, err)
+	}
+	return obj, true, nil
 }
 
 // Key is the queue key of an object: namespace/name, or name for cluster-scoped ones.

@@ -13,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/kubernetes/pkg/controller"
 )
 
@@ -32,6 +33,35 @@ type Pods[T metav1.Object] struct {
 	Member func(owner T, pod *corev1.Pod) bool
 	// Matching are the owners whose selector fits a pod; an error stands for none.
 	Matching func(pod *corev1.Pod) ([]T, error)
+}
+
+// NewPods indexes the pods of the shared informer by owner and fills in what is alike for every kind. How owners are
+// found is the caller's to add.
+func NewPods[T metav1.Object](deps Deps, kind schema.GroupVersionKind, queue *Queue, recorder record.EventRecorder) (Pods[T], error) {
+	informer := deps.Informers.Core().V1().Pods().Informer()
+	if err := controller.AddPodControllerIndexer(informer); err != nil {
+		return Pods[T]{}, fmt.Errorf("index pods by owner: %w", err)
+	}
+	return Pods[T]{
+		Kind: kind, Queue: queue,
+		Expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
+		Control:      controller.RealPodControl{KubeClient: deps.Client, Recorder: recorder},
+		Indexer:      informer.GetIndexer(),
+	}, nil
+}
+
+// Owners wake the owner that an event is about. Gone gets those that are deleted, or whose name another has taken.
+func (p Pods[T]) Owners(gone func(T)) Handlers[T] {
+	return Handlers[T]{
+		Add: func(owner T) { p.Queue.Add(Key(owner)) },
+		Update: func(old, cur T) {
+			if old.GetUID() != cur.GetUID() {
+				gone(old)
+			}
+			p.Queue.Add(Key(cur))
+		},
+		Delete: gone,
+	}
 }
 
 // Owner is the cached object that controls obj. There is none if nothing of this kind controls it, or if what did

@@ -13,7 +13,6 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -22,7 +21,6 @@ import (
 	corelisters "k8s.io/client-go/listers/core/v1"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
-	"k8s.io/kubernetes/pkg/controller"
 	upstream "k8s.io/kubernetes/pkg/controller/history"
 
 	"skep.io/skep/controlplane/controllers/history"
@@ -53,36 +51,23 @@ func New(deps runner.Deps) (*Controller, error) {
 		claims:   core.PersistentVolumeClaims().Lister(),
 	}
 	c.queue = runner.New("statefulset", workers, deps, c.sync)
-	c.pods = runner.Pods[*appsv1.StatefulSet]{
-		Kind: Kind, Queue: c.queue, Expectations: controller.NewUIDTrackingControllerExpectations(controller.NewControllerExpectations()),
-		Control: controller.RealPodControl{KubeClient: deps.Client, Recorder: c.recorder},
-		Indexer: core.Pods().Informer().GetIndexer(),
-		Cached: func(namespace, name string) (*appsv1.StatefulSet, error) {
-			return c.sets.StatefulSets(namespace).Get(name)
-		},
-		Fresh: func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.StatefulSet, error) {
-			return deps.Client.AppsV1().StatefulSets(namespace).Get(ctx, name, opts)
-		},
-		Matching: c.sets.GetPodStatefulSets,
-		Member: func(set *appsv1.StatefulSet, pod *corev1.Pod) bool {
-			_, ok := Ordinal(set, pod)
-			return ok
-		},
+	var err error
+	if c.pods, err = runner.NewPods[*appsv1.StatefulSet](deps, Kind, c.queue, c.recorder); err != nil {
+		return nil, err
 	}
-	if err := controller.AddPodControllerIndexer(core.Pods().Informer()); err != nil {
-		return nil, fmt.Errorf("index pods by owner: %w", err)
+	c.pods.Cached = func(namespace, name string) (*appsv1.StatefulSet, error) {
+		return c.sets.StatefulSets(namespace).Get(name)
+	}
+	c.pods.Fresh = func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.StatefulSet, error) {
+		return deps.Client.AppsV1().StatefulSets(namespace).Get(ctx, name, opts)
+	}
+	c.pods.Matching = c.sets.GetPodStatefulSets
+	c.pods.Member = func(set *appsv1.StatefulSet, pod *corev1.Pod) bool {
+		_, ok := Ordinal(set, pod)
+		return ok
 	}
 
-	setsSynced, err := runner.Watch(stateful.Informer(), runner.Handlers[*appsv1.StatefulSet]{
-		Add: func(set *appsv1.StatefulSet) { c.queue.Add(runner.Key(set)) },
-		Update: func(old, cur *appsv1.StatefulSet) {
-			if old.UID != cur.UID {
-				c.forget(old)
-			}
-			c.queue.Add(runner.Key(cur))
-		},
-		Delete: c.forget,
-	})
+	setsSynced, err := runner.Watch(stateful.Informer(), c.pods.Owners(c.forget))
 	if err != nil {
 		return nil, err
 	}
@@ -131,17 +116,13 @@ func (c *Controller) claimGone(claim *corev1.PersistentVolumeClaim) {
 }
 
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
-	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	set, found, err := runner.Find(key, c.pods.Cached)
 	if err != nil {
-		return 0, fmt.Errorf("queue key %q: %w", key, err)
+		return 0, err
 	}
-	set, err := c.sets.StatefulSets(namespace).Get(name)
-	if apierrors.IsNotFound(err) {
+	if !found {
 		c.pods.Forget(key)
 		return 0, nil
-	}
-	if err != nil {
-		return 0, fmt.Errorf("read stateful set %s: %w", key, err)
 	}
 	settled := c.pods.Settled(key)
 	s, revisions, collisions, err := c.snapshot(ctx, set)

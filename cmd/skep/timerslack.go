@@ -42,7 +42,7 @@ func coalesceTimers() error {
 	if err != nil {
 		return err
 	}
-	monitor, _ := monitorThread(threads, pid, limit)
+	monitor := monitorThread(threads, pid, limit)
 	var errs []error
 	for _, tid := range threads {
 		if tid == monitor {
@@ -59,15 +59,15 @@ func coalesceTimers() error {
 }
 
 // monitorThread finds the thread of Go's runtime.sysmon: the first that the process starts, before
-// any other code runs. Ids are given out in ascending order and wrap around at limit.
-func monitorThread(threads []int, pid, limit int) (int, bool) {
+// any other code runs. Ids are given out in ascending order and wrap around at limit. It is 0 if there is none.
+func monitorThread(threads []int, pid, limit int) int {
 	others := slices.DeleteFunc(slices.Clone(threads), func(tid int) bool { return tid == pid })
 	if len(others) == 0 {
-		return 0, false
+		return 0
 	}
 	return slices.MinFunc(others, func(a, b int) int {
 		return cmp.Compare((a-pid+limit)%limit, (b-pid+limit)%limit)
-	}), true
+	})
 }
 
 func pidMax() (int, error) {

@@ -82,11 +82,11 @@ type target struct{ direct, service, uid string }
 func twoPods(ctx context.Context, n *cluster.Node) (client string, server target, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	if err := awaitServiceAccount(ctx, n); err != nil {
-		return "", target{}, err
-	}
 	api, err := n.Kubernetes()
 	if err != nil {
+		return "", target{}, err
+	}
+	if err := awaitServiceAccount(ctx, api); err != nil {
 		return "", target{}, err
 	}
 	const ns = metav1.NamespaceDefault

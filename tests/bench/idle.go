@@ -12,8 +12,17 @@ import (
 	"skep.io/skep/tests/cluster"
 )
 
-// idleSection lets a node with one application rest for a minute and looks at what it takes.
+// idleSection lets a node with one application rest for a minute and looks at what it takes. In the
+// same minute upstream's control plane rests beside it, with neither node nor application.
 func idleSection(ctx context.Context, b *bench) (err error) {
+	theirs, err := b.newUpstream(ctx, "idle-upstream")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, theirs.stop()) }()
+	if _, _, err := theirs.start(ctx); err != nil {
+		return err
+	}
 	n, err := b.node(ctx, "idle")
 	if err != nil {
 		return err
@@ -27,36 +36,49 @@ func idleSection(ctx context.Context, b *bench) (err error) {
 		rest = 5 * time.Second
 	}
 	// The minute before counts: what starting left behind has settled after it.
-	for _, phase := range []string{"settle", "measure"} {
-		before, err := use(n)
-		if err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(rest):
-		}
-		if phase == "settle" {
-			continue
-		}
-		after, err := use(n)
-		if err != nil {
-			return err
-		}
-		b.add("idle: resident memory of all processes, shims and pods apart", mebibytes(after.server.RSS),
-			"proportional "+mebibytes(after.server.PSS), "", "200 MB")
-		b.add("idle: the pod's shim", mebibytes(after.shims.RSS), "proportional "+mebibytes(after.shims.PSS), "", "")
-		cpu := after.server.CPU - before.server.CPU
-		b.add("idle: processor", fmt.Sprintf("%.2f %% of a core", 100*cpu.Seconds()/rest.Seconds()), "", "", "1.5 %")
+	if err := pause(ctx, rest); err != nil {
+		return err
 	}
+	before, err := use(n, theirs)
+	if err != nil {
+		return err
+	}
+	if err := pause(ctx, rest); err != nil {
+		return err
+	}
+	after, err := use(n, theirs)
+	if err != nil {
+		return err
+	}
+	const alone = "upstream's control plane alone "
+	b.add("idle: resident memory of all processes, shims and pods apart", mebibytes(after.server.RSS),
+		alone+mebibytes(after.upstream.RSS), ratio(after.server.RSS, after.upstream.RSS), "200 MB")
+	b.add("the same, what is shared counted once (PSS)", mebibytes(after.server.PSS),
+		alone+mebibytes(after.upstream.PSS), ratio(after.server.PSS, after.upstream.PSS), "")
+	b.add("idle: the pod's shim", mebibytes(after.shims.RSS), "proportional "+mebibytes(after.shims.PSS), "", "")
+	ours, other := after.server.CPU-before.server.CPU, after.upstream.CPU-before.upstream.CPU
+	share := func(cpu time.Duration) string {
+		return fmt.Sprintf("%.2f %% of a core", 100*cpu.Seconds()/rest.Seconds())
+	}
+	b.add("idle: processor", share(ours), alone+share(other), ratio(ours, other), "1.5 %")
 	return nil
 }
 
-type nodeUse struct{ server, shims cluster.ProcessUse }
+func pause(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(d):
+		return nil
+	}
+}
 
-func use(n *cluster.Node) (nodeUse, error) {
-	var total nodeUse
+type nodeUse struct{ server, shims, upstream cluster.ProcessUse }
+
+func use(n *cluster.Node, beside *upstream) (total nodeUse, err error) {
+	if total.upstream, err = beside.use(); err != nil {
+		return total, err
+	}
 	procs, err := n.Processes()
 	if err != nil {
 		return total, err

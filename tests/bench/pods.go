@@ -25,7 +25,11 @@ func podsSection(ctx context.Context, b *bench) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.Discard(context.WithoutCancel(ctx))) }()
-	if err := awaitServiceAccount(ctx, n); err != nil {
+	client, err := n.Kubernetes()
+	if err != nil {
+		return err
+	}
+	if err := awaitServiceAccount(ctx, client); err != nil {
 		return err
 	}
 	bare, err := newBareRunc(ctx, b, n)
@@ -61,13 +65,6 @@ func podsSection(ctx context.Context, b *bench) (err error) {
 	}
 	b.add(fmt.Sprintf("%d pods at once, until the last is Running", many), seconds(all), "", "", "")
 	return nil
-}
-
-func ratio(a, b time.Duration) string {
-	if b == 0 {
-		return ""
-	}
-	return fmt.Sprintf("%.1f", float64(a)/float64(b))
 }
 
 // onePod is measured by the watch's events: what a client sees.

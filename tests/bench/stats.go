@@ -35,6 +35,13 @@ func pairedRatio(a, b []float64) float64 {
 	return median(ratios)
 }
 
+func ratio[T time.Duration | int64](a, b T) string {
+	if b == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%.2g", float64(a)/float64(b))
+}
+
 func milliseconds(d time.Duration) string {
 	if d < 10*time.Millisecond {
 		return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))

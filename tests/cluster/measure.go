@@ -27,7 +27,7 @@ func (n *Node) Processes() ([]ProcessUse, error) {
 	delete(procs, n.Pid())
 	var all []ProcessUse
 	for pid, command := range procs {
-		use, err := processUse(pid)
+		use, err := UseOf(pid)
 		if errors.Is(err, os.ErrNotExist) {
 			continue // ended meanwhile
 		}
@@ -40,7 +40,8 @@ func (n *Node) Processes() ([]ProcessUse, error) {
 	return all, nil
 }
 
-func processUse(pid int) (ProcessUse, error) {
+// UseOf is what the process takes; its Command stays empty.
+func UseOf(pid int) (ProcessUse, error) {
 	use := ProcessUse{Pid: pid}
 	rollup, err := os.Open(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {

@@ -89,7 +89,7 @@ func TestUnknownAddresses(t *testing.T) {
 	})
 	seen := n.capture(t)
 	for _, from := range []namespace{a.ns, 0} {
-		for _, to := range []string{"10.42.0.250:80", "10.42.9.9:80", "10.43.7.7:80", "[fd73:6b65:7042::fa]:80", "[fd73:6b65:7042:9::9]:80", "[fd73:6b65:7043::7777]:80"} {
+		for _, to := range []string{"10.142.0.250:80", "10.142.9.9:80", "10.143.7.7:80", "[fd73:6b65:a042::fa]:80", "[fd73:6b65:a042:9::9]:80", "[fd73:6b65:a043::7777]:80"} {
 			_, _, err := ask(from, "tcp", netip.MustParseAddrPort(to))
 			if !errors.Is(err, unix.EHOSTUNREACH) && !errors.Is(err, unix.ENETUNREACH) && !errors.Is(err, unix.EACCES) {
 				t.Errorf("%s: got %v, want unreachable", to, err)
@@ -369,7 +369,7 @@ func TestSpoof(t *testing.T) {
 	n := newNode(t)
 	a, b := n.pod("a"), n.pod("b")
 	serve(t, b.ns, "b", 8080)
-	fake := netip.MustParseAddr("10.42.0.77")
+	fake := netip.MustParseAddr("10.142.0.77")
 	a.ns.do(t, func() error { return addr("eth0", netip.PrefixFrom(fake, 32)) })
 	a.ns.do(t, func() error {
 		c, err := net.DialUDP("udp", &net.UDPAddr{IP: fake.AsSlice()}, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.v4(), 8080)))

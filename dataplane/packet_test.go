@@ -33,13 +33,13 @@ type rig struct {
 }
 
 var (
-	podA    = [2]netip.Addr{netip.MustParseAddr("10.42.0.2"), netip.MustParseAddr("fd73:6b65:7042::2")}
-	podB    = [2]netip.Addr{netip.MustParseAddr("10.42.0.3"), netip.MustParseAddr("fd73:6b65:7042::3")}
-	podC    = [2]netip.Addr{netip.MustParseAddr("10.42.0.4"), netip.MustParseAddr("fd73:6b65:7042::4")} // elsewhere
-	vip     = [2]netip.Addr{netip.MustParseAddr("10.43.0.80"), netip.MustParseAddr("fd73:6b65:7043::80")}
+	podA    = [2]netip.Addr{netip.MustParseAddr("10.142.0.2"), netip.MustParseAddr("fd73:6b65:a042::2")}
+	podB    = [2]netip.Addr{netip.MustParseAddr("10.142.0.3"), netip.MustParseAddr("fd73:6b65:a042::3")}
+	podC    = [2]netip.Addr{netip.MustParseAddr("10.142.0.4"), netip.MustParseAddr("fd73:6b65:a042::4")} // elsewhere
+	vip     = [2]netip.Addr{netip.MustParseAddr("10.143.0.80"), netip.MustParseAddr("fd73:6b65:a043::80")}
 	nodeIP  = [2]netip.Addr{nodeV4, nodeV6}
 	client  = [2]netip.Addr{outsideV4, outsideV6}
-	gateway = [2]netip.Addr{netip.MustParseAddr("10.42.0.1"), netip.MustParseAddr("fd73:6b65:7042::1")}
+	gateway = [2]netip.Addr{netip.MustParseAddr("10.142.0.1"), netip.MustParseAddr("fd73:6b65:a042::1")}
 )
 
 func newRig(t testing.TB) *rig {

@@ -278,10 +278,10 @@ func TestRepair(t *testing.T) {
 	eventually(t, "skep0", func() error { _, err := netlink.LinkByName("skep0"); return err })
 	// So does a route, without which unknown addresses would leave by the default route.
 	namespace(0).do(t, func() error {
-		return netlink.RouteDel(&netlink.Route{Dst: mustCIDR("10.43.0.0/16"), Type: unix.RTN_UNREACHABLE, Priority: 1 << 24})
+		return netlink.RouteDel(&netlink.Route{Dst: mustCIDR("10.143.0.0/16"), Type: unix.RTN_UNREACHABLE, Priority: 1 << 24})
 	})
 	eventually(t, "unreachable route", func() error {
-		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: mustCIDR("10.43.0.0/16")}, netlink.RT_FILTER_DST)
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: mustCIDR("10.143.0.0/16")}, netlink.RT_FILTER_DST)
 		if err == nil && len(routes) == 0 {
 			err = errors.New("not there")
 		}

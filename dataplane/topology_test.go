@@ -34,10 +34,10 @@ import (
 var (
 	nodeV4, nodeV6       = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
 	outsideV4, outsideV6 = netip.MustParseAddr("192.0.2.2"), netip.MustParseAddr("2001:db8::2")
-	dnsV4, dnsV6         = netip.MustParseAddr("10.43.0.10"), netip.MustParseAddr("fd73:6b65:7043::a")
-	podCIDRs             = []netip.Prefix{netip.MustParsePrefix("10.42.0.0/24"), netip.MustParsePrefix("fd73:6b65:7042::/64")}
-	clusterCIDRs         = []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd73:6b65:7042::/48")}
-	serviceCIDRs         = []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16"), netip.MustParsePrefix("fd73:6b65:7043::/112")}
+	dnsV4, dnsV6         = netip.MustParseAddr("10.143.0.10"), netip.MustParseAddr("fd73:6b65:a043::a")
+	podCIDRs             = []netip.Prefix{netip.MustParsePrefix("10.142.0.0/24"), netip.MustParsePrefix("fd73:6b65:a042::/64")}
+	clusterCIDRs         = []netip.Prefix{netip.MustParsePrefix("10.142.0.0/16"), netip.MustParsePrefix("fd73:6b65:a042::/48")}
+	serviceCIDRs         = []netip.Prefix{netip.MustParsePrefix("10.143.0.0/16"), netip.MustParsePrefix("fd73:6b65:a043::/112")}
 )
 
 // namespace is a network namespace; 0 is the node's.
@@ -414,7 +414,7 @@ func (s testService) at(a netip.Addr) netip.AddrPort { return netip.AddrPortFrom
 func (n *testNode) service(name string, change func(*corev1.Service), pods ...*testPod) testService {
 	n.t.Helper()
 	k := n.nextPort.Add(1)
-	v4 := netip.AddrFrom4([4]byte{10, 43, 1, byte(k)})
+	v4 := netip.AddrFrom4([4]byte{10, 143, 1, byte(k)})
 	a6 := serviceCIDRs[1].Addr().As16()
 	a6[15] = byte(k) + 100
 	v6 := netip.AddrFrom16(a6)

@@ -184,7 +184,14 @@ func generationChanged(before, after any) bool {
 }
 
 func nodeAddressesChanged(before, after any) bool {
-	return !slices.Equal(before.(*corev1.Node).Status.Addresses, after.(*corev1.Node).Status.Addresses)
+	a, b := before.(*corev1.Node), after.(*corev1.Node)
+	return !slices.Equal(a.Status.Addresses, b.Status.Addresses) || isReady(a) != isReady(b)
+}
+
+func isReady(n *corev1.Node) bool {
+	return slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+	})
 }
 
 // Ready is closed once the first table, with its certificates, is in use.

@@ -5,8 +5,6 @@ package node
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -83,9 +81,6 @@ type Config struct {
 	Runtime       Runtime
 	RuntimeConfig runtime.Config // DataDir, RunDir and Log are filled in where empty
 
-	// ServingCert and ClientCA are for the node's own API.
-	ServingCert tls.Certificate
-	ClientCA    *x509.CertPool
 	// ServeAPI serves the node's own API until ctx ends; nil serves none.
 	ServeAPI func(ctx context.Context, a *Agent) error
 	Port     int // of the node's API; 0: api.DefaultNodeAPIPort

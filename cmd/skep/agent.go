@@ -5,12 +5,16 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
-	"fmt"
+	"log/slog"
 	"net/netip"
 	"slices"
 
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
 	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/tools/record"
@@ -23,126 +27,110 @@ import (
 	"skep.io/skep/node/sandbox/cgroup"
 )
 
+// access is how a node reaches the API and shows who it is: within a server's process, or by TLS.
+type access struct {
+	node, ingress kubernetes.Interface
+	informers     informers.SharedInformerFactory
+	ready         <-chan struct{} // closed once the API answers
+	registered    <-chan struct{} // closed once the informers may be started
+	// serving is the certificate of the node's API, asked at every handshake.
+	serving  func() (*tls.Certificate, error)
+	clientCA *x509.CertPool
+	// ingressAddresses go into the status of Ingresses; nil where another node writes them.
+	ingressAddresses func() []netip.Addr
+}
+
 // agent is what every node runs.
 type agent struct {
-	p         *process
+	nodeSettings
+	cluster   clusterSettings
+	access    access
+	log       *slog.Logger
+	metrics   prometheus.Registerer
+	gatherer  prometheus.Gatherer
 	dataplane *dataplane.Dataplane
 	node      *node.Agent
 	ingress   *ingress.Server
 }
 
-func (p *process) newAgent(ctx context.Context) (*agent, error) {
-	a := &agent{p: p}
+// start loads the data plane and starts the container runtime; parts run what it made.
+func (a *agent) start(ctx context.Context) error {
 	cgroup2, err := unifiedHierarchy()
 	if err != nil {
-		return nil, err
-	}
-	events, err := p.nodeEvents(ctx)
-	if err != nil {
-		return nil, err
+		return err
 	}
 	a.dataplane, err = dataplane.New(ctx, dataplane.Config{
-		NodeName: p.settings.nodeName, NodeIPs: p.settings.nodeIPs,
-		ClusterCIDRs: p.settings.clusterCIDRs, ServiceCIDRs: p.settings.serviceCIDRs, ClusterDNS: p.settings.clusterDNS,
+		NodeName: a.nodeName, NodeIPs: a.nodeIPs,
+		ClusterCIDRs: a.cluster.clusterCIDRs, ServiceCIDRs: a.cluster.serviceCIDRs, ClusterDNS: a.cluster.clusterDNS,
 		NodePortRange: dataplane.PortRange{
-			First: uint16(p.settings.nodePortRange.Base),
-			Last:  uint16(p.settings.nodePortRange.Base + p.settings.nodePortRange.Size - 1),
+			First: uint16(a.cluster.nodePortRange.Base),
+			Last:  uint16(a.cluster.nodePortRange.Base + a.cluster.nodePortRange.Size - 1),
 		},
-		CgroupPath: cgroup2, Informers: p.informers, Events: events, Log: p.log.With("part", "dataplane"), Metrics: p.metrics,
+		CgroupPath: cgroup2, Informers: a.access.informers, Events: a.nodeEvents(ctx), Log: a.log.With("part", "dataplane"), Metrics: a.metrics,
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if a.ingress, err = a.newIngress(ctx); err != nil {
 		a.dataplane.Close()
-		return nil, err
+		return err
 	}
 	if a.node, err = a.newNode(ctx); err != nil {
 		a.dataplane.Close()
-		return nil, err
+		return err
 	}
-	return a, nil
+	return nil
 }
 
 // nodeEvents writes the data plane's events in the name of the node.
-func (p *process) nodeEvents(ctx context.Context) (record.EventRecorder, error) {
-	client, err := p.client("system:node:"+p.settings.nodeName, "system:nodes")
-	if err != nil {
-		return nil, err
-	}
+func (a *agent) nodeEvents(ctx context.Context) record.EventRecorder {
 	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
-	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: client.CoreV1().Events("")})
+	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: a.access.node.CoreV1().Events("")})
 	context.AfterFunc(ctx, broadcaster.Shutdown)
-	return broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "skep-dataplane", Host: p.settings.nodeName}), nil
+	return broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "skep-dataplane", Host: a.nodeName})
 }
 
 func (a *agent) parts() []part {
-	s := a.p.settings
 	return []part{
-		a.p.withInformers("dataplane", a.dataplane.Run),
-		a.p.withInformers("ingress", a.ingress.Run),
-		a.p.withInformers("dns", func(ctx context.Context) error {
+		once(a.access.registered, "dataplane", a.dataplane.Run),
+		once(a.access.registered, "ingress", a.ingress.Run),
+		once(a.access.registered, "dns", func(ctx context.Context) error {
 			return dns.Run(ctx, dns.Config{
-				Addrs: s.clusterDNS, Domain: s.clusterDomain, Informers: a.p.informers, NodeName: s.nodeName,
-				Prefixes: slices.Concat(s.clusterCIDRs, s.serviceCIDRs), Upstreams: s.upstreamDNS,
-				Log: a.p.log.With("part", "dns"), Metrics: a.p.metrics,
+				Addrs: a.cluster.clusterDNS, Domain: a.cluster.clusterDomain, Informers: a.access.informers, NodeName: a.nodeName,
+				Prefixes: slices.Concat(a.cluster.clusterCIDRs, a.cluster.serviceCIDRs), Upstreams: a.upstreamDNS,
+				Log: a.log.With("part", "dns"), Metrics: a.metrics,
 			})
 		}),
-		a.p.onceReady("node", a.node.Run),
+		once(a.access.ready, "node", a.node.Run),
 	}
 }
 
 // newNode starts the container runtime; the node registers itself when it runs.
 func (a *agent) newNode(ctx context.Context) (*node.Agent, error) {
-	s := a.p.settings
-	client, err := a.p.client("system:node:"+s.nodeName, "system:nodes")
-	if err != nil {
-		return nil, err
-	}
-	hosts := []string{s.nodeName, "127.0.0.1", "::1"}
-	for _, addr := range s.nodeIPs {
-		hosts = append(hosts, addr.String())
-	}
-	certPEM, keyPEM, err := a.p.authority.IssueServer("system:node:"+s.nodeName, hosts)
-	if err != nil {
-		return nil, fmt.Errorf("certificate of the node's API: %w", err)
-	}
-	serving, err := tls.X509KeyPair(certPEM, keyPEM)
-	if err != nil {
-		return nil, fmt.Errorf("certificate of the node's API: %w", err)
-	}
-	config := node.Config{
-		NodeName: s.nodeName, NodeIPs: s.nodeIPs, Client: client, Informers: a.p.informers,
-		DataDir: s.dataDir, ImagesDir: s.imagesDir, ClusterDNS: s.clusterDNS, ClusterDomain: s.clusterDomain,
-		Network: a.dataplane, RuntimeConfig: runtime.Config{ContainerdAddress: s.containerdAddress},
-		ServingCert: serving, ClientCA: a.p.authority.CAPool(),
-		Log: a.p.log.With("part", "node"), Metrics: a.p.metrics,
-	}
-	config.ServeAPI = func(ctx context.Context, n *node.Agent) error { return a.p.serveNodeAPI(ctx, n, config) }
-	return node.New(ctx, config)
+	return node.New(ctx, node.Config{
+		NodeName: a.nodeName, NodeIPs: a.nodeIPs, Client: a.access.node, Informers: a.access.informers,
+		DataDir: a.dataDir, ImagesDir: a.imagesDir, ClusterDNS: a.cluster.clusterDNS, ClusterDomain: a.cluster.clusterDomain,
+		Network: a.dataplane, RuntimeConfig: runtime.Config{ContainerdAddress: a.containerdAddress},
+		ServeAPI: a.serveNodeAPI, Log: a.log.With("part", "node"), Metrics: a.metrics,
+	})
 }
 
 // newIngress makes the proxy with its listeners. They listen on loopback and a port that nobody
 // knows; the kernel hands them what arrives for the ingress ports of the node's addresses.
 func (a *agent) newIngress(ctx context.Context) (*ingress.Server, error) {
-	client, err := a.p.client("system:skep", "system:masters")
+	plain, err := a.steered(ctx, a.cluster.ingressHTTPPort)
 	if err != nil {
 		return nil, err
 	}
-	s := a.p.settings
-	plain, err := a.steered(ctx, s.ingressHTTPPort)
-	if err != nil {
-		return nil, err
-	}
-	secure, err := a.steered(ctx, s.ingressHTTPSPort)
+	secure, err := a.steered(ctx, a.cluster.ingressHTTPSPort)
 	if err != nil {
 		return nil, errors.Join(err, plain.Close())
 	}
 	server, err := ingress.New(ingress.Config{
-		Client: client, Informers: a.p.informers, Backends: a.dataplane.Services(), NodeIPs: s.nodeIPs,
-		ListenHTTP: plain, ListenHTTPS: secure, HTTPSPort: s.ingressHTTPSPort,
-		StatusAddresses: func() []netip.Addr { return s.nodeIPs },
-		Log:             a.p.log.With("part", "ingress"), Metrics: a.p.metrics,
+		Client: a.access.ingress, Informers: a.access.informers, Backends: a.dataplane.Services(), NodeIPs: a.nodeIPs,
+		ListenHTTP: plain, ListenHTTPS: secure, HTTPSPort: a.cluster.ingressHTTPSPort,
+		StatusAddresses: a.access.ingressAddresses,
+		Log:             a.log.With("part", "ingress"), Metrics: a.metrics,
 	})
 	if err != nil {
 		return nil, errors.Join(err, plain.Close(), secure.Close())

@@ -23,12 +23,12 @@ import (
 
 // serveNodeAPI answers the API server's requests about this node's pods (logs, exec, port-forward)
 // until ctx ends.
-func (p *process) serveNodeAPI(ctx context.Context, a *node.Agent, config node.Config) error {
+func (a *agent) serveNodeAPI(ctx context.Context, n *node.Agent) error {
 	server, err := nodeapi.New(nodeapi.Config{
-		NodeName: p.settings.nodeName, Sessions: a.Runtime(), Containers: a.Runtime(), Pods: podSource{a.Pods()},
-		ServingCert: config.ServingCert, ClientCA: config.ClientCA,
-		Authenticate: reviewToken(config.Client), Authorize: reviewAccess(config.Client, p.settings.nodeName),
-		Gatherer: p.gatherer, Metrics: p.metrics, Log: config.Log,
+		NodeName: a.nodeName, Sessions: n.Runtime(), Containers: n.Runtime(), Pods: podSource{n.Pods()},
+		Certificate: a.access.serving, ClientCA: a.access.clientCA,
+		Authenticate: reviewToken(a.access.node), Authorize: reviewAccess(a.access.node, a.nodeName),
+		Gatherer: a.gatherer, Metrics: a.metrics, Log: a.log.With("part", "node"),
 	})
 	if err != nil {
 		return err

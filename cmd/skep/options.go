@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/spf13/pflag"
@@ -20,33 +18,22 @@ import (
 
 // serverOptions are the flags of `skep server`; every one is also a key of its YAML file.
 type serverOptions struct {
-	config            string
-	dataDir           string
-	nodeName          string
-	nodeIPs           []string
-	bindAddress       string
-	securePort        int
-	advertiseAddress  string
-	tlsSANs           []string
-	clusterCIDR       string
-	serviceCIDR       string
-	nodePortRange     string
-	clusterDomain     string
-	imagesDir         string
-	containerdAddress string
-	writeKubeconfig   string
-	ingressHTTPPort   int
-	ingressHTTPSPort  int
-	upstreamDNS       []string
-	logLevel          string
-	logFormat         string
+	nodeOptions
+	bindAddress      string
+	securePort       int
+	advertiseAddress string
+	tlsSANs          []string
+	clusterCIDR      string
+	serviceCIDR      string
+	nodePortRange    string
+	clusterDomain    string
+	writeKubeconfig  string
+	ingressHTTPPort  int
+	ingressHTTPSPort int
 }
 
 func (o *serverOptions) addFlags(f *pflag.FlagSet) {
-	f.StringVar(&o.config, "config", "", "YAML file whose keys are these flags' names (default "+api.ServerConfigPath+", if it exists)")
-	f.StringVar(&o.dataDir, "data-dir", api.DefaultDataDir, "Where everything is kept that must survive a reboot")
-	f.StringVar(&o.nodeName, "node-name", "", "Name of this node (default: the host's name)")
-	f.StringSliceVar(&o.nodeIPs, "node-ip", nil, "Addresses of this node, at most one a family (default: those of the interface with the default route)")
+	o.nodeOptions.addFlags(f, api.ServerConfigPath)
 	f.StringVar(&o.bindAddress, "bind-address", "::", "Address on which the API is served")
 	f.IntVar(&o.securePort, "secure-port", api.DefaultAPIPort, "Port on which the API is served")
 	f.StringVar(&o.advertiseAddress, "advertise-address", "", "Address under which other machines reach the API (default: the node's first address)")
@@ -55,43 +42,20 @@ func (o *serverOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.serviceCIDR, "service-cluster-ip-range", api.DefaultServiceCIDR, "Address ranges of services, at most one a family, separated by a comma")
 	f.StringVar(&o.nodePortRange, "service-node-port-range", "30000-32767", "Ports that services of type NodePort may get")
 	f.StringVar(&o.clusterDomain, "cluster-domain", api.DefaultClusterDomain, "Domain of the cluster's names")
-	f.StringVar(&o.imagesDir, "images-dir", "", "Directory of image archives that are imported at start (default: DATA-DIR/images)")
-	f.StringVar(&o.containerdAddress, "containerd-address", "", "Socket of the host's containerd (default: an own containerd inside this process)")
 	f.StringVar(&o.writeKubeconfig, "write-kubeconfig", api.KubeconfigPath, "Where the administrator's client configuration is written, mode 0600")
 	f.IntVar(&o.ingressHTTPPort, "ingress-http-port", 80, "Port of every node on which the ingress answers HTTP")
 	f.IntVar(&o.ingressHTTPSPort, "ingress-https-port", 443, "Port of every node on which the ingress answers HTTPS")
-	f.StringSliceVar(&o.upstreamDNS, "upstream-dns", nil, "Name servers for names outside the cluster (default: the host's)")
-	f.StringVar(&o.logLevel, "log-level", "info", "One of debug, info, warn, error")
-	f.StringVar(&o.logFormat, "log-format", "text", "One of text, json")
 }
 
 // serverSettings are the options once they have been checked and completed.
 type serverSettings struct {
-	dataDir           string
-	nodeName          string
-	nodeIPs           []netip.Addr
-	bindAddress       net.IP
-	securePort        int
-	advertiseAddress  net.IP
-	tlsSANs           []string
-	clusterCIDRs      []netip.Prefix
-	serviceCIDRs      []netip.Prefix
-	nodePortRange     utilnet.PortRange
-	clusterDomain     string
-	clusterDNS        []netip.Addr
-	imagesDir         string
-	containerdAddress string
-	kubeconfigPath    string
-	ingressHTTPPort   uint16
-	ingressHTTPSPort  uint16
-	upstreamDNS       []string
-}
-
-// host is what complete needs to know of the machine.
-type host struct {
-	name    string
-	addrs   []netip.Addr // at most one a family, IPv4 first
-	hasIPv6 bool
+	nodeSettings
+	clusterSettings
+	bindAddress      net.IP
+	securePort       int
+	advertiseAddress net.IP
+	tlsSANs          []string
+	kubeconfigPath   string
 }
 
 // complete checks every option and derives what was not given. It reports all mistakes at once.
@@ -100,45 +64,11 @@ func (o *serverOptions) complete(h host) (serverSettings, error) {
 	bad := func(flag, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("--%s: %w", flag, fmt.Errorf(format, args...)))
 	}
-	s := serverSettings{
-		containerdAddress: o.containerdAddress, kubeconfigPath: o.writeKubeconfig,
-		tlsSANs: o.tlsSANs, clusterDomain: o.clusterDomain, upstreamDNS: o.upstreamDNS,
-	}
-
-	var err error
-	if s.dataDir, err = filepath.Abs(o.dataDir); err != nil || o.dataDir == "" {
-		bad("data-dir", "%q is not a path", o.dataDir)
-	}
-	s.imagesDir = o.imagesDir
-	if s.imagesDir == "" {
-		s.imagesDir = filepath.Join(s.dataDir, "images")
-	}
-
-	s.nodeName = o.nodeName
-	if s.nodeName == "" {
-		s.nodeName = strings.ToLower(h.name)
-	}
-	for _, problem := range validation.IsDNS1123Subdomain(s.nodeName) {
-		bad("node-name", "%q cannot name a node: %s", s.nodeName, problem)
-	}
+	s := serverSettings{kubeconfigPath: o.writeKubeconfig, tlsSANs: o.tlsSANs}
+	s.clusterDomain = o.clusterDomain
+	s.nodeSettings = o.nodeOptions.complete(h, bad)
 	for _, problem := range validation.IsDNS1123Subdomain(s.clusterDomain) {
 		bad("cluster-domain", "%q: %s", s.clusterDomain, problem)
-	}
-
-	s.nodeIPs = h.addrs
-	if len(o.nodeIPs) > 0 {
-		s.nodeIPs = nil
-		for _, text := range o.nodeIPs {
-			a, err := netip.ParseAddr(text)
-			if err != nil {
-				bad("node-ip", "%q is not an IP address", text)
-				continue
-			}
-			s.nodeIPs = append(s.nodeIPs, a.Unmap())
-		}
-	}
-	if len(s.nodeIPs) == 0 && len(errs) == 0 {
-		bad("node-ip", "this machine has no address but loopback's: give it one, or name the address to use")
 	}
 
 	if s.bindAddress = net.ParseIP(o.bindAddress); s.bindAddress == nil {
@@ -170,6 +100,7 @@ func (o *serverOptions) complete(h host) (serverSettings, error) {
 		s.nodePortRange = *r
 	}
 
+	var err error
 	if s.clusterCIDRs, err = parseRanges(o.clusterCIDR, h.hasIPv6, 22, 56); err != nil {
 		bad("cluster-cidr", "%w", err)
 	}
@@ -230,21 +161,4 @@ func nthAddr(p netip.Prefix, n int) netip.Addr {
 		a = a.Next()
 	}
 	return a
-}
-
-// thisHost asks the machine for what complete needs.
-func thisHost() (host, error) {
-	name, err := os.Hostname()
-	if err != nil {
-		return host{}, fmt.Errorf("host name: %w", err)
-	}
-	h := host{name: name, hasIPv6: ipv6Enabled()}
-	h.addrs, err = nodeAddrs(h.hasIPv6)
-	return h, err
-}
-
-// ipv6Enabled reports whether new interfaces get IPv6, as sysctl net.ipv6.conf has it.
-func ipv6Enabled() bool {
-	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/all/disable_ipv6")
-	return err == nil && strings.TrimSpace(string(b)) == "0"
 }

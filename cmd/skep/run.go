@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -114,32 +115,61 @@ func (p *process) parts(ctx context.Context) ([]part, error) {
 	if err != nil {
 		return nil, err
 	}
-	agent, err := p.newAgent(ctx)
+	agent, err := p.newAgent()
 	if err != nil {
+		return nil, err
+	}
+	if err := agent.start(ctx); err != nil {
 		return nil, err
 	}
 	return append([]part{
 		{"apiserver", p.server.Run},
-		p.onceReady("controllers", func(ctx context.Context) error { return controllers.Run(ctx, controllersConfig) }),
-		p.withInformers("scheduler", func(ctx context.Context) error {
+		once(p.server.Ready(), "controllers", func(ctx context.Context) error { return controllers.Run(ctx, controllersConfig) }),
+		once(p.registered, "scheduler", func(ctx context.Context) error {
 			return scheduler.Run(ctx, scheduler.Config{Client: schedulerClient, Informers: p.informers,
 				Log: p.log.With("part", "scheduler"), Metrics: p.metrics})
 		}),
 	}, agent.parts()...), nil
 }
 
-// onceReady starts a part that needs the API from its first moment on: an informer that is refused
-// pauses for a second, and upstream's controllers end the process when discovery fails.
-func (p *process) onceReady(name string, run func(context.Context) error) part {
-	return once(p.server.Ready(), name, run)
+// newAgent is this server's own node, which reaches the API within the process.
+func (p *process) newAgent() (*agent, error) {
+	client, err := p.client("system:node:"+p.settings.nodeName, "system:nodes")
+	if err != nil {
+		return nil, err
+	}
+	// Whoever serves the ingress here is the cluster's administrator anyway.
+	ingressClient, err := p.client("system:skep", "system:masters")
+	if err != nil {
+		return nil, err
+	}
+	hosts := []string{p.settings.nodeName, "127.0.0.1", "::1"}
+	for _, addr := range p.settings.nodeIPs {
+		hosts = append(hosts, addr.String())
+	}
+	certPEM, keyPEM, err := p.authority.IssueServer("system:node:"+p.settings.nodeName, hosts)
+	if err != nil {
+		return nil, fmt.Errorf("certificate of the node's API: %w", err)
+	}
+	serving, err := tls.X509KeyPair(certPEM, keyPEM)
+	if err != nil {
+		return nil, fmt.Errorf("certificate of the node's API: %w", err)
+	}
+	return &agent{
+		nodeSettings: p.settings.nodeSettings, cluster: p.settings.clusterSettings,
+		access: access{
+			node: client, ingress: ingressClient, informers: p.informers, ready: p.server.Ready(), registered: p.registered,
+			serving: func() (*tls.Certificate, error) { return &serving, nil }, clientCA: p.authority.CAPool(),
+			ingressAddresses: readyAddresses(p.informers),
+		},
+		log: p.log, metrics: p.metrics, gatherer: p.gatherer,
+	}, nil
 }
 
-// withInformers starts a part that starts the shared informers, which must wait until every
-// controller has its handlers.
-func (p *process) withInformers(name string, run func(context.Context) error) part {
-	return once(p.registered, name, run)
-}
-
+// once starts a part when something has happened. What needs the API from its first moment on waits
+// until it answers: an informer that is refused pauses for a second, and upstream's controllers end
+// the process when discovery fails. What starts the shared informers waits until every controller
+// has its handlers.
 func once(happened <-chan struct{}, name string, run func(context.Context) error) part {
 	return part{name, func(ctx context.Context) error {
 		select {

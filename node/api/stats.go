@@ -67,7 +67,7 @@ func (s *Server) runningContainers(ctx context.Context, p *corev1.Pod) []runtime
 	}
 	var running []runtime.Container
 	for _, c := range all {
-		if c.State == runtime.Running && c.Cgroup != "" {
+		if c.State == runtime.Running && c.Cgroup != "" && c.Name != runtime.PauseName {
 			running = append(running, c)
 		}
 	}

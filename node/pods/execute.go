@@ -62,7 +62,7 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 		box, img := w.box, w.images[a.Container].Image
 		return func(ctx context.Context) func() {
 			f := w.startContainer(ctx, pod, a, func(ctx context.Context) (runtime.ContainerSpec, error) {
-				return w.set.containerSpec(ctx, pod, specOf(pod, a.Container), box, img, a.Attempt, a.Delay)
+				return w.set.containerSpec(ctx, pod, specOf(pod, a.Container), box, img, a)
 			})
 			return func() {
 				delete(w.starting, a.Container)
@@ -80,6 +80,15 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 				}
 				w.starts[a.Container] = f
 			}
+		}
+	case StartPause:
+		box := w.box
+		return func(ctx context.Context) func() {
+			err := w.set.startPause(ctx, pod, box)
+			if err != nil && ctx.Err() == nil {
+				w.set.event(pod, "", corev1.EventTypeWarning, "FailedCreatePodSandBox", "Failed to create pod sandbox: %v", err)
+			}
+			return w.outcome(a, err, func() { w.listed = false })
 		}
 	case StopContainer:
 		told := w.stopping[a.ID]

@@ -95,17 +95,15 @@ type view struct {
 	latest map[string]*runtime.Container // newest attempt of each container
 	prev   map[string]*runtime.Container // the one before
 	old    []*runtime.Container          // all others
+	pause  *runtime.Container            // holds the PID namespace that the pod's containers share; nil if there is none
 	stray  []*runtime.Container          // containers that the spec does not name
 }
 
 func look(pod *corev1.Pod, o *Observed) *view {
 	v := &view{pod: pod, o: o, latest: map[string]*runtime.Container{}, prev: map[string]*runtime.Container{}}
 	known := map[string]bool{}
-	for i := range pod.Spec.InitContainers {
-		known[pod.Spec.InitContainers[i].Name] = true
-	}
-	for i := range pod.Spec.Containers {
-		known[pod.Spec.Containers[i].Name] = true
+	for _, c := range v.all() {
+		known[c.Name] = true
 	}
 	for i := range o.Containers {
 		c := o.Containers[i]
@@ -115,6 +113,12 @@ func look(pod *corev1.Pod, o *Observed) *view {
 			if c.FinishedAt.IsZero() {
 				c.FinishedAt = c.CreatedAt
 			}
+		}
+		if c.Name == runtime.PauseName && sharesProcesses(pod) {
+			if v.pause == nil || v.pause.Attempt < c.Attempt {
+				v.pause = &c
+			}
+			continue
 		}
 		if !known[c.Name] {
 			v.stray = append(v.stray, &c)
@@ -243,7 +247,7 @@ func (v *view) stopped() bool {
 		}
 	}
 	for i := range v.o.Containers {
-		if v.o.Containers[i].State == runtime.Running {
+		if c := &v.o.Containers[i]; c.State == runtime.Running && c.Name != runtime.PauseName {
 			return false
 		}
 	}

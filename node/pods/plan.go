@@ -25,6 +25,7 @@ const (
 	UnmountVolumes  Kind = "UnmountVolumes"
 	EnsureImage     Kind = "EnsureImage"
 	StartContainer  Kind = "StartContainer"
+	StartPause      Kind = "StartPause" // the first process of a PID namespace that the pod's containers share
 	StopContainer   Kind = "StopContainer"
 	RemoveContainer Kind = "RemoveContainer"
 	RemoveFiles     Kind = "RemoveFiles" // volumes, the pod's directory, its logs
@@ -38,6 +39,7 @@ type Action struct {
 	ID        string        // container id: Stop, Remove
 	Attempt   int           // EnsureImage, StartContainer
 	Delay     time.Duration // StartContainer: the back-off to note on the container
+	TargetPID uint32        // StartContainer: a process whose PID namespace it shares; 0 for none
 	Grace     time.Duration // StopContainer
 	Message   string        // StopContainer: for the event
 }
@@ -139,6 +141,9 @@ func (v *view) planRun(p *Plan) {
 		p.wakeAt(o.Volumes.Refresh)
 	}
 
+	v.planPause(p)
+	v.planEphemeral(p)
+
 	initialized := v.initialized()
 	for i := range v.pod.Spec.InitContainers {
 		c := &v.pod.Spec.InitContainers[i]
@@ -216,7 +221,11 @@ func (v *view) start(p *Plan, c *corev1.Container) {
 	if o.Sandbox == nil || !o.Volumes.Ready {
 		return
 	}
-	p.do(Action{Kind: StartContainer, Container: c.Name, Attempt: attempt, Delay: next})
+	pid, ok := v.targetPID(c.Name)
+	if !ok {
+		return
+	}
+	p.do(Action{Kind: StartContainer, Container: c.Name, Attempt: attempt, Delay: next, TargetPID: pid})
 }
 
 func (v *view) stop(p *Plan, c *corev1.Container, l *runtime.Container, grace time.Duration, message string) {
@@ -260,6 +269,10 @@ func (v *view) planEnd(p *Plan) {
 		}
 	}
 	if busy || !v.stopped() {
+		return
+	}
+	if v.pause != nil {
+		p.do(Action{Kind: RemoveContainer, Container: v.pause.Name, ID: v.pause.ID})
 		return
 	}
 	if o.Sandbox != nil && p.due(o.SandboxFailure, o.Now) {
@@ -310,17 +323,8 @@ func (v *view) probeGrace(probe *corev1.Probe) time.Duration {
 	return v.grace()
 }
 
-// all lists the containers of the spec, init containers first.
-func (v *view) all() []*corev1.Container {
-	var out []*corev1.Container
-	for i := range v.pod.Spec.InitContainers {
-		out = append(out, &v.pod.Spec.InitContainers[i])
-	}
-	for i := range v.pod.Spec.Containers {
-		out = append(out, &v.pod.Spec.Containers[i])
-	}
-	return out
-}
+// all lists the containers of the spec: init containers first, those for debugging last.
+func (v *view) all() []*corev1.Container { return containersOf(v.pod) }
 
 func (v *view) newest() []*runtime.Container   { return sorted(v.latest) }
 func (v *view) previous() []*runtime.Container { return sorted(v.prev) }

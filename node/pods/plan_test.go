@@ -60,6 +60,21 @@ func sidecar(name string, opts ...func(*corev1.Container)) podOpt {
 	return initC(name, append(opts, func(c *corev1.Container) { c.RestartPolicy = &always })...)
 }
 
+func debugger(name, target string) podOpt {
+	return func(p *corev1.Pod) {
+		p.Spec.EphemeralContainers = append(p.Spec.EphemeralContainers, corev1.EphemeralContainer{
+			EphemeralContainerCommon: corev1.EphemeralContainerCommon{Name: name, Image: "img"}, TargetContainerName: target,
+		})
+	}
+}
+
+func sharing(p *corev1.Pod) {
+	yes := true
+	p.Spec.ShareProcessNamespace = &yes
+}
+
+func pid(n uint32) func(*runtime.Container) { return func(c *runtime.Container) { c.PID = n } }
+
 func policy(r corev1.RestartPolicy) podOpt {
 	return func(p *corev1.Pod) { p.Spec.RestartPolicy = r }
 }
@@ -158,6 +173,9 @@ func short(a Action) string {
 		if a.Delay > 0 {
 			s += " next " + a.Delay.String()
 		}
+		if a.TargetPID > 0 {
+			s += fmt.Sprintf(" beside %d", a.TargetPID)
+		}
 		return s
 	case StopContainer:
 		return fmt.Sprintf("stop %s %s", a.ID, a.Grace)
@@ -248,6 +266,29 @@ func TestPlan(t *testing.T) {
 		{name: "a sidecar restarts whatever the pod's policy", pod: pod(sidecar("s"), policy(corev1.RestartPolicyNever)), seen: seen(exited("s", 0, 0), running("c", 0), image("s", 1)), want: []string{"start s#1 next 10s"}},
 		{name: "sidecars end after the containers", pod: pod(sidecar("s"), policy(corev1.RestartPolicyNever)), seen: seen(running("s", 0), exited("c", 0, 0)), want: []string{"stop s-0 " + grace}},
 		{name: "and then the pod is over", pod: pod(sidecar("s"), policy(corev1.RestartPolicyNever)), seen: seen(exited("s", 0, 137), exited("c", 0, 0)), want: []string{"RemoveSandbox", "UnmountVolumes"}},
+
+		// A shared PID namespace.
+		{name: "its holder starts with the sandbox, images beside it", pod: pod(sharing), seen: seen(), want: []string{"StartPause", "image c#0"}},
+		{name: "not without a sandbox", pod: pod(sharing), seen: seen(nothing, image("c", 0)), want: []string{"CreateSandbox", "MountVolumes"}},
+		{name: "containers wait for it", pod: pod(sharing), seen: seen(image("c", 0)), want: []string{"StartPause"}},
+		{name: "and join it", pod: pod(sharing), seen: seen(running(runtime.PauseName, 0, pid(7)), image("c", 0)), want: []string{"start c#0 beside 7"}},
+		{name: "hostPID needs none", pod: pod(sharing, func(p *corev1.Pod) { p.Spec.HostPID = true }), seen: seen(image("c", 0)), want: []string{"start c#0"}},
+		{name: "one that has died is removed", pod: pod(sharing), seen: seen(exited(runtime.PauseName, 0, 137), exited("c", 0, 137), image("c", 1)), want: []string{"remove POD-0"}},
+		{name: "once its namespace is empty", pod: pod(sharing), seen: seen(exited(runtime.PauseName, 0, 137), running("c", 0))},
+		{name: "one that never started too", pod: pod(sharing), seen: seen(boxed(runtime.PauseName, 0, runtime.Created), image("c", 0)), want: []string{"remove POD-0"}},
+		{name: "it outlives the containers", pod: pod(sharing, deleting(5)), seen: seen(running(runtime.PauseName, 0), running("c", 0)), want: []string{"stop c-0 5s"}},
+		{name: "but not the pod", pod: pod(sharing, deleting(5)), seen: seen(running(runtime.PauseName, 0), exited("c", 0, 0)), want: []string{"remove POD-0"}},
+		{name: "nor a pod that has succeeded", pod: pod(sharing, policy(corev1.RestartPolicyNever)), seen: seen(running(runtime.PauseName, 0), exited("c", 0, 0)), want: []string{"remove POD-0"}},
+
+		// Containers for debugging.
+		{name: "one starts beside the others", pod: pod(debugger("d", "")), seen: seen(running("c", 0), image("d", 0)), want: []string{"start d#0"}},
+		{name: "even while init containers run", pod: pod(initC("i"), debugger("d", "")), seen: seen(running("i", 0), image("d", 0)), want: []string{"start d#0"}},
+		{name: "it sees its target", pod: pod(debugger("d", "c")), seen: seen(running("c", 0, pid(9)), image("d", 0)), want: []string{"start d#0 beside 9"}},
+		{name: "which must run", pod: pod(debugger("d", "c")), seen: seen(exited("c", 1, 1, delay(10*time.Second)), image("c", 2), image("d", 0)), wake: 9 * time.Second, wait: []string{"c"}},
+		{name: "in a shared namespace it sees everybody", pod: pod(sharing, debugger("d", "c")), seen: seen(running(runtime.PauseName, 0, pid(7)), running("c", 0, pid(9)), image("d", 0)), want: []string{"start d#0 beside 7"}},
+		{name: "it is never restarted", pod: pod(debugger("d", "")), seen: seen(running("c", 0), exited("d", 0, 1), image("d", 1))},
+		{name: "it ends with the pod", pod: pod(debugger("d", ""), deleting(5)), seen: seen(running("c", 0), running("d", 0)), want: []string{"stop c-0 5s", "stop d-0 5s"}},
+		{name: "and does not keep a pod from succeeding", pod: pod(debugger("d", ""), policy(corev1.RestartPolicyNever)), seen: seen(exited("c", 0, 0), running("d", 0)), want: []string{"stop d-0 " + grace}},
 
 		// Endings.
 		{name: "deletion stops all containers", pod: pod(main("a"), main("b"), deleting(5)), seen: seen(running("a", 0), running("b", 0)), want: []string{"stop a-0 5s", "stop b-0 5s"}},
@@ -364,11 +405,16 @@ func (m *model) apply(t *rapid.T, a Action) {
 			t.Fatalf("container %s starts without sandbox or volumes", a.Container)
 		}
 		running(a.Container, a.Attempt, delay(a.Delay), func(c *runtime.Container) { c.StartedAt = o.Now })(o)
+	case StartPause:
+		if o.Sandbox == nil {
+			t.Fatal("the PID namespace is made without a sandbox")
+		}
+		running(runtime.PauseName, 0)(o)
 	case StopContainer:
 		c := find()
 		c.State, c.ExitCode, c.FinishedAt = runtime.Exited, 137, o.Now
 	case RemoveContainer:
-		if find().State == runtime.Running {
+		if find().State == runtime.Running && a.Container != runtime.PauseName {
 			t.Fatalf("container %s is removed while it runs", a.ID)
 		}
 		for i := range o.Containers {
@@ -400,12 +446,18 @@ func TestPlanConvergesProperty(t *testing.T) {
 		for i := range rapid.IntRange(1, 3).Draw(t, "containers") {
 			main(fmt.Sprintf("c%d", i))(p)
 		}
+		if rapid.Bool().Draw(t, "shares processes") {
+			sharing(p)
+		}
+		if rapid.Bool().Draw(t, "debugged") {
+			debugger("d", rapid.SampledFrom([]string{"", p.Spec.Containers[0].Name}).Draw(t, "target"))(p)
+		}
 		o := seen(nothing)
 		if rapid.Bool().Draw(t, "sandbox") {
 			o.Sandbox = &sandbox.Sandbox{}
 		}
 		m := &model{o: o, exit: map[string]int32{}}
-		for _, c := range append(append([]corev1.Container{}, p.Spec.InitContainers...), p.Spec.Containers...) {
+		for _, c := range append(containersOf(p), &corev1.Container{Name: runtime.PauseName}) {
 			for n := range rapid.IntRange(0, 3).Draw(t, "attempts") {
 				switch rapid.IntRange(0, 3).Draw(t, "state") {
 				case 0:
@@ -417,7 +469,7 @@ func TestPlanConvergesProperty(t *testing.T) {
 				}
 			}
 			// Init containers end well in the end, or none could converge.
-			if c.RestartPolicy == nil && isInit(p, &c) {
+			if c.RestartPolicy == nil && isInit(p, c) {
 				m.exit[c.Name] = 0
 			}
 		}

@@ -114,6 +114,8 @@ func fieldPath(pod *corev1.Pod, container string) string {
 	list := "containers"
 	if c := specOf(pod, container); c != nil && isInit(pod, c) {
 		list = "initContainers"
+	} else if ephemeral(pod, container) != nil {
+		list = "ephemeralContainers"
 	}
 	return "spec." + list + "{" + container + "}"
 }

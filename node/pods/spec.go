@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
@@ -71,7 +70,7 @@ func (s *Set) names(pod *corev1.Pod) (name, domain string, err error) {
 }
 
 // containerSpec puts together everything that one attempt of a container is made from.
-func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Container, box *sandbox.Sandbox, img runtime.Image, attempt int, delay time.Duration) (runtime.ContainerSpec, error) {
+func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Container, box *sandbox.Sandbox, img runtime.Image, a Action) (runtime.ContainerSpec, error) {
 	podIPs := addressesOf(box.Addrs)
 	if pod.Spec.HostNetwork {
 		podIPs = addressesOf(s.cfg.NodeIPs)
@@ -82,10 +81,6 @@ func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Cont
 	})
 	if err != nil {
 		return runtime.ContainerSpec{}, err
-	}
-	if share := pod.Spec.ShareProcessNamespace; share != nil && *share && !pod.Spec.HostPID {
-		// Running without would be another pod than the one that was asked for.
-		return runtime.ContainerSpec{}, fmt.Errorf("%w: shareProcessNamespace is not supported by this node yet: leave it out, or use hostPID", errConfig)
 	}
 	if err := mayRun(pod, c, img); err != nil {
 		return runtime.ContainerSpec{}, err
@@ -99,19 +94,19 @@ func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Cont
 		return runtime.ContainerSpec{}, fmt.Errorf("%w: %w", errConfig, err)
 	}
 	spec := runtime.ContainerSpec{
-		PodUID: pod.UID, PodNamespace: pod.Namespace, PodName: pod.Name, Name: c.Name, Attempt: attempt,
+		PodUID: pod.UID, PodNamespace: pod.Namespace, PodName: pod.Name, Name: c.Name, Attempt: a.Attempt,
 		ImageID: img.ID, Image: c.Image,
 		Command: expand(c.Command, env), Args: expand(c.Args, env), WorkingDir: c.WorkingDir, Env: env.list(),
-		Sandbox: box, HostPID: pod.Spec.HostPID, Hostname: name, CgroupParent: cgroupParent(pod),
+		Sandbox: box, HostPID: pod.Spec.HostPID, TargetPID: a.TargetPID, Hostname: name, CgroupParent: cgroupParent(pod),
 		Resources: c.Resources, OOMScoreAdj: kubeqos.GetContainerOOMScoreAdjust(pod, c, s.cfg.MemoryCapacity),
 		Security: c.SecurityContext, PodSecurity: pod.Spec.SecurityContext,
 		TTY: c.TTY, Stdin: c.Stdin, StdinOnce: c.StdinOnce,
-		LogPath: s.files.log(pod, c.Name, attempt),
+		LogPath: s.files.log(pod, c.Name, a.Attempt),
 		Annotations: map[string]string{
-			annotationImage: c.Image, annotationDelay: delay.String(), annotationBoot: s.cfg.BootID,
+			annotationImage: c.Image, annotationDelay: a.Delay.String(), annotationBoot: s.cfg.BootID,
 		},
 	}
-	spec.Mounts, err = s.ownMounts(pod, c, mounts, attempt)
+	spec.Mounts, err = s.ownMounts(pod, c, mounts, a.Attempt)
 	if err != nil {
 		return runtime.ContainerSpec{}, err
 	}

@@ -34,6 +34,7 @@ func status(pod *corev1.Pod, o *Observed) corev1.PodStatus {
 	s.ObservedGeneration = pod.Generation
 	s.InitContainerStatuses = v.containerStatuses(pod.Spec.InitContainers, true, ending)
 	s.ContainerStatuses = v.containerStatuses(pod.Spec.Containers, false, ending)
+	s.EphemeralContainerStatuses = v.ephemeralStatuses(ending)
 	if s.StartTime == nil && !o.StartTime.IsZero() {
 		t := stamp(o.StartTime)
 		s.StartTime = &t
@@ -197,7 +198,7 @@ func (v *view) hindrance(c *corev1.Container) *Failure {
 
 // restarting is the waiting state of an ended container that will start again; nil while it is still shown as ended.
 func (v *view) restarting(c *corev1.Container, l *runtime.Container, ending bool) *corev1.ContainerStateWaiting {
-	if ending || !podutil.ContainerShouldRestart(*c, v.pod.Spec, l.ExitCode) || isInit(v.pod, c) && !podutil.IsRestartableInitContainer(c) && l.ExitCode == 0 {
+	if ending || ephemeral(v.pod, c.Name) != nil || !podutil.ContainerShouldRestart(*c, v.pod.Spec, l.ExitCode) || isInit(v.pod, c) && !podutil.IsRestartableInitContainer(c) && l.ExitCode == 0 {
 		return nil
 	}
 	if at, _ := v.restart(l); v.o.Now.Before(at) {

@@ -261,17 +261,29 @@ func (w *worker) spec(name string) *corev1.Container {
 }
 
 func specOf(pod *corev1.Pod, name string) *corev1.Container {
-	for i := range pod.Spec.InitContainers {
-		if pod.Spec.InitContainers[i].Name == name {
-			return &pod.Spec.InitContainers[i]
-		}
-	}
-	for i := range pod.Spec.Containers {
-		if pod.Spec.Containers[i].Name == name {
-			return &pod.Spec.Containers[i]
+	for _, c := range containersOf(pod) {
+		if c.Name == name {
+			return c
 		}
 	}
 	return nil
+}
+
+// containersOf lists the containers of the spec: init containers first, those for debugging last.
+func containersOf(pod *corev1.Pod) []*corev1.Container {
+	spec := &pod.Spec
+	out := make([]*corev1.Container, 0, len(spec.InitContainers)+len(spec.Containers)+len(spec.EphemeralContainers))
+	for i := range spec.InitContainers {
+		out = append(out, &spec.InitContainers[i])
+	}
+	for i := range spec.Containers {
+		out = append(out, &spec.Containers[i])
+	}
+	for i := range spec.EphemeralContainers {
+		// The same fields by definition of the API (core/v1: EphemeralContainerCommon).
+		out = append(out, (*corev1.Container)(&spec.EphemeralContainers[i].EphemeralContainerCommon))
+	}
+	return out
 }
 
 func (w *worker) observe() *Observed {
@@ -289,7 +301,7 @@ func (w *worker) act(p *Plan) {
 	if p.Ending {
 		for _, o := range w.ops {
 			switch o.action.Kind {
-			case CreateSandbox, MountVolumes, EnsureImage, StartContainer:
+			case CreateSandbox, MountVolumes, EnsureImage, StartContainer, StartPause:
 				begun = true
 				o.cancel()
 			}

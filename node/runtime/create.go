@@ -29,13 +29,17 @@ const rootLabel = "containerd.io/gc.root"
 // Create prepares a container: its root file system and its definition. No process is made.
 func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error) {
 	ctx = r.in(ctx)
-	image, err := r.images.find(spec.ImageID)
-	if err != nil {
-		return "", err
-	}
-	users, err := r.users(ctx, image)
-	if err != nil {
-		return "", fmt.Errorf("users of image %s: %w", spec.Image, err)
+	image, users := r.pauseImage(), userDB{}
+	if spec.Name == PauseName {
+		spec.Mounts = append(spec.Mounts, Mount{HostPath: r.cfg.ShimPath, ContainerPath: pausePath, ReadOnly: true})
+	} else {
+		var err error
+		if image, err = r.images.find(spec.ImageID); err != nil {
+			return "", err
+		}
+		if users, err = r.users(ctx, image); err != nil {
+			return "", fmt.Errorf("users of image %s: %w", spec.Image, err)
+		}
 	}
 	random := make([]byte, 32)
 	if _, err := rand.Read(random); err != nil {

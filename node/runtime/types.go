@@ -53,6 +53,10 @@ type ContainerSpec struct {
 	Annotations  map[string]string // stored with the container and given back by List
 }
 
+// PauseName is the name of the container that holds the PID namespace which the containers of a pod share. A container
+// of a pod spec cannot have it: those names are of small letters. It has no image, logs or environment, and only waits.
+const PauseName = "POD"
+
 // State of a container's process.
 type State string
 

@@ -151,23 +151,27 @@ static __always_inline void tuple_reverse(struct tuple *out, const struct tuple 
 
 /*
  * Keeps a flow that is not translated. from_pod is the pod's device that it comes from, or 0;
- * checked is the version of the policies that let it pass; flags say who opened it.
+ * checked is the version of the policies that let it pass; flags say who opened it; service is what
+ * the client's socket was told it asks. f is room for it, as the stack has little.
  */
-static __always_inline void flow_open(const struct packet *p, __u32 from_pod, __u32 checked,
-				      __u32 flags)
+static __always_inline void flow_open(struct flow *f, const struct packet *p, __u32 from_pod,
+				      __u32 checked, __u32 flags, __u32 service)
 {
-	struct flow f = {.last_seen = bpf_ktime_get_coarse_ns(), .checked = checked};
 	struct tuple key;
 	__u32 reversed = tuple_canonical(&key, &p->tuple);
 
-	f.flags = flow_flags_of(p->tcp_flags, reversed) | (flags & FLOW_FROM_NODE);
+	__builtin_memset(f, 0, sizeof(*f));
+	f->last_seen = bpf_ktime_get_coarse_ns();
+	f->checked = checked;
+	f->service = service;
+	f->flags = flow_flags_of(p->tcp_flags, reversed) | (flags & FLOW_FROM_NODE);
 	if (!!reversed != !!(flags & FLOW_OPENED_BY_PEER))
-		f.flags |= FLOW_OPENED_BACK;
+		f->flags |= FLOW_OPENED_BACK;
 	/* An index would become a bitwise or on the stack pointer, which the verifier refuses. */
-	f.ifindex[0] = reversed ? 0 : from_pod;
-	f.ifindex[1] = reversed ? from_pod : 0;
+	f->ifindex[0] = reversed ? 0 : from_pod;
+	f->ifindex[1] = reversed ? from_pod : 0;
 	if (key.proto == IPPROTO_TCP)
-		bpf_map_update_elem(&conntrack_tcp, &key, &f, BPF_ANY);
+		bpf_map_update_elem(&conntrack_tcp, &key, f, BPF_ANY);
 	else
-		bpf_map_update_elem(&conntrack_udp, &key, &f, BPF_ANY);
+		bpf_map_update_elem(&conntrack_udp, &key, f, BPF_ANY);
 }

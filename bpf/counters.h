@@ -23,6 +23,9 @@ enum counter {
 	COUNT_DROP_POLICY_CLOSED, /* a pod whose policies are not known, or cannot be put into force
 				   */
 	COUNT_DROP_FRAGMENT,	  /* to or from a pod with policies, ahead of its first fragment */
+	COUNT_EVENTS,		  /* told to whoever follows flows */
+	COUNT_EVENTS_SUPPRESSED,  /* over their budget */
+	COUNT_EVENTS_LOST,	  /* without room in the ring */
 	COUNT_MAX,
 };
 

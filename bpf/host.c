@@ -24,7 +24,7 @@ int from_outside(struct __sk_buff *skb)
 		flow_touch(f, p.tcp_flags, reversed);
 		from_node = f->flags & FLOW_SOURCE_IS_NODE;
 		if (!rewrite(skb, &p, &f->to)) {
-			count(COUNT_DROP_REWRITE);
+			drop(COUNT_DROP_REWRITE, &p, 0);
 			return TC_ACT_SHOT;
 		}
 		return forward(skb, &p, from_node);
@@ -56,7 +56,7 @@ int to_outside(struct __sk_buff *skb)
 		return TC_ACT_UNSPEC;
 	flow_touch(f, p.tcp_flags, reversed);
 	if (!rewrite(skb, &p, &f->to)) {
-		count(COUNT_DROP_REWRITE);
+		drop(COUNT_DROP_REWRITE, &p, 0);
 		return TC_ACT_SHOT;
 	}
 	return TC_ACT_UNSPEC;

@@ -16,28 +16,34 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	HostMapAffinity      = "affinity"
-	HostMapBackends      = "backends"
-	HostMapConntrackTcp  = "conntrack_tcp"
-	HostMapConntrackUdp  = "conntrack_udp"
-	HostMapCounters      = "counters"
-	HostMapEndpoints     = "endpoints"
-	HostMapIdentities    = "identities"
-	HostMapJudgements    = "judgements"
-	HostMapNode          = "node"
-	HostMapNodeAddresses = "node_addresses"
-	HostMapPolicy        = "policy"
-	HostMapPolicyDrops   = "policy_drops"
-	HostMapPolicySlots   = "policy_slots"
-	HostMapPolicyState   = "policy_state"
-	HostMapRanges        = "ranges"
-	HostMapServices      = "services"
-	HostMapSlots         = "slots"
-	HostProgForgetFlow   = "forget_flow"
-	HostProgFromOutside  = "from_outside"
-	HostProgToOutside    = "to_outside"
-	HostVarNodePortMax   = "node_port_max"
-	HostVarNodePortMin   = "node_port_min"
+	HostMapAffinity            = "affinity"
+	HostMapBackends            = "backends"
+	HostMapConntrackTcp        = "conntrack_tcp"
+	HostMapConntrackUdp        = "conntrack_udp"
+	HostMapCounters            = "counters"
+	HostMapEndpoints           = "endpoints"
+	HostMapEventBudgets        = "event_budgets"
+	HostMapFlowEvents          = "flow_events"
+	HostMapFlowFollowers       = "flow_followers"
+	HostMapIdentities          = "identities"
+	HostMapJudgements          = "judgements"
+	HostMapNode                = "node"
+	HostMapNodeAddresses       = "node_addresses"
+	HostMapPolicy              = "policy"
+	HostMapPolicyDrops         = "policy_drops"
+	HostMapPolicySlots         = "policy_slots"
+	HostMapPolicyState         = "policy_state"
+	HostMapRanges              = "ranges"
+	HostMapServices            = "services"
+	HostMapSlots               = "slots"
+	HostMapSocketPeers         = "socket_peers"
+	HostProgForgetFlow         = "forget_flow"
+	HostProgFromOutside        = "from_outside"
+	HostProgToOutside          = "to_outside"
+	HostVarDropEventsPerSecond = "drop_events_per_second"
+	HostVarNodePortMax         = "node_port_max"
+	HostVarNodePortMin         = "node_port_min"
+	HostVarOpenEventsPerSecond = "open_events_per_second"
 )
 
 // LoadHost returns the embedded CollectionSpec for Host.
@@ -97,6 +103,9 @@ type HostMapSpecs struct {
 	ConntrackUdp  *ebpf.MapSpec `ebpf:"conntrack_udp"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBudgets  *ebpf.MapSpec `ebpf:"event_budgets"`
+	FlowEvents    *ebpf.MapSpec `ebpf:"flow_events"`
+	FlowFollowers *ebpf.MapSpec `ebpf:"flow_followers"`
 	Identities    *ebpf.MapSpec `ebpf:"identities"`
 	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
@@ -108,14 +117,17 @@ type HostMapSpecs struct {
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
+	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
 }
 
 // HostVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostVariableSpecs struct {
-	NodePortMax *ebpf.VariableSpec `ebpf:"node_port_max"`
-	NodePortMin *ebpf.VariableSpec `ebpf:"node_port_min"`
+	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
+	NodePortMax         *ebpf.VariableSpec `ebpf:"node_port_max"`
+	NodePortMin         *ebpf.VariableSpec `ebpf:"node_port_min"`
+	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
 // HostObjects contains all objects after they have been loaded into the kernel.
@@ -144,6 +156,9 @@ type HostMaps struct {
 	ConntrackUdp  *ebpf.Map `ebpf:"conntrack_udp"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	EventBudgets  *ebpf.Map `ebpf:"event_budgets"`
+	FlowEvents    *ebpf.Map `ebpf:"flow_events"`
+	FlowFollowers *ebpf.Map `ebpf:"flow_followers"`
 	Identities    *ebpf.Map `ebpf:"identities"`
 	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
@@ -155,6 +170,7 @@ type HostMaps struct {
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
+	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
 }
 
 func (m *HostMaps) Close() error {
@@ -165,6 +181,9 @@ func (m *HostMaps) Close() error {
 		m.ConntrackUdp,
 		m.Counters,
 		m.Endpoints,
+		m.EventBudgets,
+		m.FlowEvents,
+		m.FlowFollowers,
 		m.Identities,
 		m.Judgements,
 		m.Node,
@@ -176,6 +195,7 @@ func (m *HostMaps) Close() error {
 		m.Ranges,
 		m.Services,
 		m.Slots,
+		m.SocketPeers,
 	)
 }
 
@@ -183,8 +203,10 @@ func (m *HostMaps) Close() error {
 //
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostVariables struct {
-	NodePortMax *ebpf.Variable `ebpf:"node_port_max"`
-	NodePortMin *ebpf.Variable `ebpf:"node_port_min"`
+	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
+	NodePortMax         *ebpf.Variable `ebpf:"node_port_max"`
+	NodePortMin         *ebpf.Variable `ebpf:"node_port_min"`
+	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 
 // HostPrograms contains all programs after they have been loaded into the kernel.

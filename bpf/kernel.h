@@ -23,7 +23,11 @@ typedef _Bool bool;
 #define __uint(name, val) int(*name)[val]
 #define __type(name, val) typeof(val) *name
 #define __always_inline	  inline __attribute__((always_inline))
-#define __noinline	  __attribute__((noinline, unused))
+/*
+ * A function that the verifier checks once by itself, whoever calls it: it may rely on nothing about
+ * its arguments, pointers not being null included. Without it each call is checked anew on each path.
+ */
+#define __global __attribute__((noinline))
 #define likely(x)	  __builtin_expect(!!(x), 1)
 #define unlikely(x)	  __builtin_expect(!!(x), 0)
 #define bpf_htons(x)	  __builtin_bswap16(x)
@@ -42,12 +46,15 @@ enum {
 	BPF_MAP_TYPE_LPM_TRIE = 11,
 	BPF_MAP_TYPE_SOCKHASH = 18,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
+	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
 #define LIBBPF_PIN_BY_NAME 1
 #define BPF_F_NO_PREALLOC  1U
 
 enum { BPF_ANY = 0, BPF_NOEXIST = 1 };
+enum { BPF_RB_NO_WAKEUP = 1, BPF_RB_FORCE_WAKEUP = 2 };
+enum { BPF_RB_AVAIL_DATA = 0 };
 #define BPF_SK_STORAGE_GET_F_CREATE 1ULL
 #define BPF_F_HDR_FIELD_MASK	    0xfULL
 #define BPF_F_PSEUDO_HDR	    (1ULL << 4)
@@ -108,6 +115,11 @@ struct __sk_buff {
 	__u32 priority;
 	__u32 ingress_ifindex;
 	__u32 ifindex;
+	__u32 unused[31]; /* up to gso_segs */
+	union {
+		struct bpf_sock *sk; /* who sent it, until its address is looked up */
+		__u64 : 64;
+	} __attribute__((aligned(8)));
 };
 
 struct bpf_sk_lookup {
@@ -148,6 +160,7 @@ static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)
 static long (*const bpf_map_update_elem)(void *map, const void *key, const void *value,
 					 __u64 flags) = (void *)2;
 static long (*const bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
+static __u64 (*const bpf_ktime_get_ns)(void) = (void *)5;
 static __u32 (*const bpf_get_prandom_u32)(void) = (void *)7;
 static long (*const bpf_skb_store_bytes)(struct __sk_buff *skb, __u32 offset, const void *from,
 					 __u32 len, __u64 flags) = (void *)9;
@@ -167,6 +180,9 @@ static long (*const bpf_sk_storage_delete)(void *map, void *sk) = (void *)108;
 static long (*const bpf_sk_release)(void *sock) = (void *)86;
 static __u64 (*const bpf_get_netns_cookie)(void *ctx) = (void *)122;
 static long (*const bpf_sk_assign)(void *ctx, void *sk, __u64 flags) = (void *)124;
+static void *(*const bpf_ringbuf_reserve)(void *ring, __u64 size, __u64 flags) = (void *)131;
+static void (*const bpf_ringbuf_submit)(void *record, __u64 flags) = (void *)132;
+static __u64 (*const bpf_ringbuf_query)(void *ring, __u64 what) = (void *)134;
 static long (*const bpf_redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *params, int plen,
 					__u64 flags) = (void *)152;
 static long (*const bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155;

@@ -21,9 +21,10 @@ enum nat {
 	NAT_DROP,
 };
 
-static __always_inline enum nat nat_drop(enum counter reason)
+/* nat_open tells of it: the verifier bounds the stack of a whole chain of calls. */
+static __always_inline enum nat nat_drop(enum counter reason, struct judgement *j)
 {
-	count(reason);
+	j->reason = reason;
 	return NAT_DROP;
 }
 
@@ -67,15 +68,19 @@ static __always_inline bool nat_insert(const struct packet *p, struct flow *forw
 
 /* If the packet's destination is a service, picks a backend and notes both sides of the flow in j.
  */
-static __noinline enum nat nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
+__global int nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
 {
-	struct flow *forward = &j->forward, *reply = &j->reply;
 	struct affinity_key client = {};
+	struct flow *forward, *reply;
 	const struct node *self;
 	const struct backend *b;
 	struct service svc;
 	__u32 id = 0;
 
+	if (!p || !j)
+		return NAT_NONE;
+	forward = &j->forward;
+	reply = &j->reply;
 	if (!find_frontend(p, scope, &svc))
 		return NAT_NONE;
 	client.client = p->tuple.saddr;
@@ -84,7 +89,7 @@ static __noinline enum nat nat_choose(const struct packet *p, __u8 scope, struct
 	if (!b) {
 		/* Policy Local must not answer for others; otherwise the stack refuses. */
 		if (svc.flags & SERVICE_LOCAL && scope == SCOPE_EXTERNAL)
-			return nat_drop(COUNT_DROP_NO_LOCAL);
+			return nat_drop(COUNT_DROP_NO_LOCAL, j);
 		return NAT_NONE;
 	}
 	self = this_node();
@@ -122,18 +127,21 @@ static __noinline enum nat nat_choose(const struct packet *p, __u8 scope, struct
 }
 
 /* Opens the flow that nat_choose noted, and rewrites its first packet. */
-static __noinline enum nat nat_translate(struct __sk_buff *skb, struct packet *p,
+__global int nat_translate(struct __sk_buff *skb, struct packet *p,
 					 struct judgement *j)
 {
-	struct flow *forward = &j->forward;
+	struct flow *forward;
 	struct tuple key;
 
+	if (!p || !j)
+		return NAT_NONE;
+	forward = &j->forward;
 	forward->flags |= flow_flags_of(p->tcp_flags, tuple_canonical(&key, &p->tuple));
 	if (!nat_insert(p, forward, &j->reply, forward->flags & FLOW_SOURCE_IS_NODE))
-		return nat_drop(COUNT_DROP_NO_SNAT_PORT);
+		return nat_drop(COUNT_DROP_NO_SNAT_PORT, j);
 	count(COUNT_PACKET_TRANSLATED);
 	if (!rewrite(skb, p, &forward->to))
-		return nat_drop(COUNT_DROP_REWRITE);
+		return nat_drop(COUNT_DROP_REWRITE, j);
 	return NAT_TRANSLATED;
 }
 
@@ -147,6 +155,8 @@ static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p
 	if (!j)
 		return NAT_DROP;
 	how = nat_choose(p, scope, j);
+	if (how == NAT_DROP)
+		drop(j->reason, p, 0);
 	if (how != NAT_TRANSLATED)
 		return how;
 	/* Policies speak of who asks and who answers, not of an address lent in between. */
@@ -154,7 +164,12 @@ static __always_inline enum nat nat_open(struct __sk_buff *skb, struct packet *p
 		denied(j);
 		return NAT_DROP;
 	}
-	return nat_translate(skb, p, j);
+	how = nat_translate(skb, p, j);
+	if (how == NAT_DROP)
+		drop(j->reason, p, 0);
+	else if (is_new(p)) /* what was asked is where the answer comes from */
+		report_open(&j->c, &j->reply.to.saddr, j->reply.to.sport, j->forward.service, 0);
+	return how;
 }
 
 /* Whether the flow's backend is gone: then a new connection must not follow it there. */

@@ -32,7 +32,7 @@ static __always_inline int translated(struct __sk_buff *skb, struct packet *p, s
 
 	flow_touch(f, p->tcp_flags, reversed);
 	if (!rewrite(skb, p, &f->to)) {
-		count(COUNT_DROP_REWRITE);
+		drop(COUNT_DROP_REWRITE, p, skb->ifindex);
 		return TC_ACT_SHOT;
 	}
 	return forward(skb, p, from_node);
@@ -65,13 +65,13 @@ int from_pod(struct __sk_buff *skb)
 	} else if (parsed == PARSED_NOT_IP) {
 		return skb->protocol == bpf_htons(ETH_P_ARP) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
 	} else if (parsed == PARSED_MALFORMED) {
-		count(COUNT_DROP_MALFORMED);
+		drop(COUNT_DROP_MALFORMED, &p, skb->ifindex);
 		return TC_ACT_SHOT;
 	}
 	if (!is_source(skb, &p)) {
 		if (is_link_local_v6(&p))
 			return TC_ACT_UNSPEC;
-		count(COUNT_DROP_SPOOFED);
+		drop(COUNT_DROP_SPOOFED, &p, skb->ifindex);
 		return TC_ACT_SHOT;
 	}
 	if (parsed == PARSED_ADDRESSES) {
@@ -98,8 +98,8 @@ int from_pod(struct __sk_buff *skb)
 			opening = may_open(&p);
 		if (opening == DENIED)
 			return TC_ACT_SHOT;
-		flow_open(&p, skb->ifindex, version,
-			  opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0);
+		flow_start(skb, &p, skb->ifindex, version,
+			   opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0);
 		break;
 	case NAT_TRANSLATED:
 		break;
@@ -130,7 +130,7 @@ int to_pod(struct __sk_buff *skb)
 	case PARSED_MALFORMED:
 		if (from_node || !policy_version())
 			return TC_ACT_UNSPEC;
-		count(COUNT_DROP_MALFORMED);
+		drop(COUNT_DROP_MALFORMED, &p, 0);
 		return TC_ACT_SHOT;
 	}
 	f = flow_find(&p.tuple, &reversed);
@@ -140,9 +140,9 @@ int to_pod(struct __sk_buff *skb)
 			opening = may_open(&p);
 		if (opening == DENIED)
 			return TC_ACT_SHOT;
-		flow_open(&p, 0, version,
-			  (from_node ? FLOW_FROM_NODE : 0) |
-			      (opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0));
+		flow_start(skb, &p, 0, version,
+			   (from_node ? FLOW_FROM_NODE : 0) |
+			       (opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0));
 		return TC_ACT_UNSPEC;
 	}
 	if (!from_node && !flow_permitted(f, reversed, &p))
@@ -151,7 +151,7 @@ int to_pod(struct __sk_buff *skb)
 		f->flags |= FLOW_FROM_NODE;
 	flow_touch(f, p.tcp_flags, reversed);
 	if (f->flags & FLOW_REPLY && flow_translates(f, reversed) && !rewrite(skb, &p, &f->to)) {
-		count(COUNT_DROP_REWRITE);
+		drop(COUNT_DROP_REWRITE, &p, 0);
 		return TC_ACT_SHOT;
 	}
 	return TC_ACT_UNSPEC;

@@ -16,28 +16,34 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	PodMapAffinity      = "affinity"
-	PodMapBackends      = "backends"
-	PodMapConntrackTcp  = "conntrack_tcp"
-	PodMapConntrackUdp  = "conntrack_udp"
-	PodMapCounters      = "counters"
-	PodMapEndpoints     = "endpoints"
-	PodMapFragments     = "fragments"
-	PodMapIdentities    = "identities"
-	PodMapJudgements    = "judgements"
-	PodMapNode          = "node"
-	PodMapNodeAddresses = "node_addresses"
-	PodMapPolicy        = "policy"
-	PodMapPolicyDrops   = "policy_drops"
-	PodMapPolicySlots   = "policy_slots"
-	PodMapPolicyState   = "policy_state"
-	PodMapRanges        = "ranges"
-	PodMapServices      = "services"
-	PodMapSlots         = "slots"
-	PodProgFromPod      = "from_pod"
-	PodProgToPod        = "to_pod"
-	PodVarNodePortMax   = "node_port_max"
-	PodVarNodePortMin   = "node_port_min"
+	PodMapAffinity            = "affinity"
+	PodMapBackends            = "backends"
+	PodMapConntrackTcp        = "conntrack_tcp"
+	PodMapConntrackUdp        = "conntrack_udp"
+	PodMapCounters            = "counters"
+	PodMapEndpoints           = "endpoints"
+	PodMapEventBudgets        = "event_budgets"
+	PodMapFlowEvents          = "flow_events"
+	PodMapFlowFollowers       = "flow_followers"
+	PodMapFragments           = "fragments"
+	PodMapIdentities          = "identities"
+	PodMapJudgements          = "judgements"
+	PodMapNode                = "node"
+	PodMapNodeAddresses       = "node_addresses"
+	PodMapPolicy              = "policy"
+	PodMapPolicyDrops         = "policy_drops"
+	PodMapPolicySlots         = "policy_slots"
+	PodMapPolicyState         = "policy_state"
+	PodMapRanges              = "ranges"
+	PodMapServices            = "services"
+	PodMapSlots               = "slots"
+	PodMapSocketPeers         = "socket_peers"
+	PodProgFromPod            = "from_pod"
+	PodProgToPod              = "to_pod"
+	PodVarDropEventsPerSecond = "drop_events_per_second"
+	PodVarNodePortMax         = "node_port_max"
+	PodVarNodePortMin         = "node_port_min"
+	PodVarOpenEventsPerSecond = "open_events_per_second"
 )
 
 // LoadPod returns the embedded CollectionSpec for Pod.
@@ -96,6 +102,9 @@ type PodMapSpecs struct {
 	ConntrackUdp  *ebpf.MapSpec `ebpf:"conntrack_udp"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBudgets  *ebpf.MapSpec `ebpf:"event_budgets"`
+	FlowEvents    *ebpf.MapSpec `ebpf:"flow_events"`
+	FlowFollowers *ebpf.MapSpec `ebpf:"flow_followers"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
 	Identities    *ebpf.MapSpec `ebpf:"identities"`
 	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
@@ -108,14 +117,17 @@ type PodMapSpecs struct {
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
+	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
 }
 
 // PodVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type PodVariableSpecs struct {
-	NodePortMax *ebpf.VariableSpec `ebpf:"node_port_max"`
-	NodePortMin *ebpf.VariableSpec `ebpf:"node_port_min"`
+	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
+	NodePortMax         *ebpf.VariableSpec `ebpf:"node_port_max"`
+	NodePortMin         *ebpf.VariableSpec `ebpf:"node_port_min"`
+	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
 // PodObjects contains all objects after they have been loaded into the kernel.
@@ -144,6 +156,9 @@ type PodMaps struct {
 	ConntrackUdp  *ebpf.Map `ebpf:"conntrack_udp"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	EventBudgets  *ebpf.Map `ebpf:"event_budgets"`
+	FlowEvents    *ebpf.Map `ebpf:"flow_events"`
+	FlowFollowers *ebpf.Map `ebpf:"flow_followers"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
 	Identities    *ebpf.Map `ebpf:"identities"`
 	Judgements    *ebpf.Map `ebpf:"judgements"`
@@ -156,6 +171,7 @@ type PodMaps struct {
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
+	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
 }
 
 func (m *PodMaps) Close() error {
@@ -166,6 +182,9 @@ func (m *PodMaps) Close() error {
 		m.ConntrackUdp,
 		m.Counters,
 		m.Endpoints,
+		m.EventBudgets,
+		m.FlowEvents,
+		m.FlowFollowers,
 		m.Fragments,
 		m.Identities,
 		m.Judgements,
@@ -178,6 +197,7 @@ func (m *PodMaps) Close() error {
 		m.Ranges,
 		m.Services,
 		m.Slots,
+		m.SocketPeers,
 	)
 }
 
@@ -185,8 +205,10 @@ func (m *PodMaps) Close() error {
 //
 // It can be passed to LoadPodObjects or ebpf.CollectionSpec.LoadAndAssign.
 type PodVariables struct {
-	NodePortMax *ebpf.Variable `ebpf:"node_port_max"`
-	NodePortMin *ebpf.Variable `ebpf:"node_port_min"`
+	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
+	NodePortMax         *ebpf.Variable `ebpf:"node_port_max"`
+	NodePortMin         *ebpf.Variable `ebpf:"node_port_min"`
+	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 
 // PodPrograms contains all programs after they have been loaded into the kernel.

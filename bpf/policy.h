@@ -12,6 +12,8 @@
 #include "conntrack.h"
 #include "counters.h"
 #include "endpoints.h"
+#include "flows.h"
+#include "peers.h"
 
 /* The sets that both directions of a pod's traffic must satisfy; 0 lets everything pass. */
 struct policy_sets {
@@ -100,19 +102,26 @@ static __always_inline __u32 policy_version(void)
 	return s ? READ_ONCE(s->version) : 0;
 }
 
+struct fragment_key {
+	struct address saddr, daddr;
+	__u32 id;
+	__u32 proto;
+};
+
 /*
  * What a judgement works on: too much for the stack, and no program of a CPU interrupts another, as
  * all of them run with bottom halves disabled.
  */
 struct judgement {
 	struct tuple c; /* the connection: who opened it, and who gets it after translation */
-	__u32 reason;	/* enum counter, if it is denied */
-	__u32 set;	/* that denied it */
+	__u32 reason;	/* enum counter, if it is denied: which direction's policies did */
+	__u32 set;	/* of them */
 	struct policy_key key;
 	struct identity_key peer;
 	struct range_key range;
 	struct packet fragment;
-	struct flow forward, reply; /* of a translated connection */
+	struct fragment_key datagram;
+	struct flow forward, reply; /* of a translated connection; or only the one */
 };
 
 struct {
@@ -141,10 +150,13 @@ static __always_inline __u32 identity_of(struct judgement *j, __u32 scope, const
 }
 
 /* Whether a set lets the peer use the port: the same look-ups however many rules it has. */
-static __noinline bool set_allows(struct judgement *j, __u32 set, bool from)
+__global int set_allows(struct judgement *j, __u32 set, bool from)
 {
-	const struct address *peer = from ? &j->c.saddr : &j->c.daddr;
+	const struct address *peer;
 
+	if (!j)
+		return false;
+	peer = from ? &j->c.saddr : &j->c.daddr;
 	if (set == POLICY_CLOSED)
 		return false;
 	j->key.bits = POLICY_BITS_PORT;
@@ -177,7 +189,7 @@ static __always_inline bool to_this_node(struct judgement *j)
 
 static __always_inline bool deny(struct judgement *j, enum counter reason, __u32 set)
 {
-	j->reason = set == POLICY_CLOSED ? COUNT_DROP_POLICY_CLOSED : reason;
+	j->reason = reason;
 	j->set = set;
 	return false;
 }
@@ -191,12 +203,14 @@ static __always_inline const struct policy_sets *sets_of(const struct endpoint *
 
 /* Judges j->c by the policies of either end that is a pod of this node. A pod always reaches
  * itself. */
-static __noinline bool permitted(struct judgement *j)
+__global int permitted(struct judgement *j)
 {
 	const struct policy_sets *sets;
 	const struct endpoint *ep;
 	__u32 set;
 
+	if (!j)
+		return false;
 	if (address_equal(&j->c.saddr, &j->c.daddr))
 		return true;
 	ep = bpf_map_lookup_elem(&endpoints, &j->c.saddr);
@@ -216,14 +230,18 @@ static __noinline bool permitted(struct judgement *j)
 	return true;
 }
 
-/* Counts a drop under its reason and its policies. */
-static __noinline bool denied(struct judgement *j)
+/* Counts a drop under its reason and its policies, and tells of it. */
+__global int denied(struct judgement *j)
 {
-	__u64 *n = bpf_map_lookup_elem(&policy_drops, &j->set);
+	__u64 *n;
 
-	count(j->reason);
+	if (!j)
+		return false;
+	n = bpf_map_lookup_elem(&policy_drops, &j->set);
+	count(j->set == POLICY_CLOSED ? COUNT_DROP_POLICY_CLOSED : j->reason);
 	if (n)
 		__sync_fetch_and_add(n, 1);
+	report_drop(&j->c, j->reason, j->set, 0);
 	return false;
 }
 
@@ -239,12 +257,12 @@ enum opening { DENIED, OPENED, OPENED_BY_PEER };
  * belongs to one whose entry was lost, and nobody knows who opened that: it passes if either of its
  * ends may have.
  */
-static __noinline enum opening may_open(const struct packet *p)
+__global int may_open(const struct packet *p)
 {
 	struct judgement *j = judgement();
 	__u32 reason, set;
 
-	if (!j)
+	if (!j || !p)
 		return DENIED;
 	j->c = p->tuple;
 	if (permitted(j))
@@ -289,12 +307,12 @@ static __always_inline void connection_of(struct tuple *c, const struct flow *f,
 }
 
 /* Judges a flow anew: policies have changed, or a connection is opened where another was. */
-static __noinline bool flow_judge(struct flow *f, __u32 reversed, const struct packet *p,
+__global int flow_judge(struct flow *f, __u32 reversed, const struct packet *p,
 				  __u32 version)
 {
 	struct judgement *j = judgement();
 
-	if (!j)
+	if (!j || !f || !p)
 		return false;
 	if (version && !(f->flags & FLOW_FROM_NODE && !opens(p))) {
 		connection_of(&j->c, f, reversed, p);
@@ -317,4 +335,50 @@ static __always_inline bool flow_permitted(struct flow *f, __u32 reversed, const
 	if (likely(f->checked == version && !(version && opens(p))))
 		return true;
 	return flow_judge(f, reversed, p, version);
+}
+
+/* What the sender's socket asked for when it was told to use this address. */
+static __always_inline const struct peer *peer_of(struct __sk_buff *skb, const struct tuple *t)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct peers *peers;
+
+	if (!sk)
+		return 0;
+	peers = bpf_sk_storage_get(&socket_peers, sk, 0, 0);
+	if (!peers)
+		return 0;
+	for (int i = 0; i < PEERS; i++) {
+		const struct peer *p = &peers->peer[i];
+
+		if (p->backend_port == t->dport && t->dport &&
+		    address_equal(&p->backend, &t->daddr))
+			return p;
+	}
+	return 0;
+}
+
+/* Whether a packet without a flow is the first of a connection. */
+static __always_inline bool is_new(const struct packet *p)
+{
+	return p->tuple.proto != IPPROTO_TCP || opens(p);
+}
+
+/* Keeps a flow that is not translated and that policies let pass, and tells of it. */
+__global int flow_start(struct __sk_buff *skb, const struct packet *p, __u32 from_pod,
+				 __u32 checked, __u32 flags)
+{
+	struct judgement *j = judgement();
+	const struct peer *asked;
+	__u32 service;
+
+	if (!j || !p)
+		return 0;
+	asked = peer_of(skb, &p->tuple);
+	service = asked ? asked->service : 0;
+	flow_open(&j->forward, p, from_pod, checked, flags, service);
+	if (is_new(p))
+		report_open(&p->tuple, asked ? &asked->frontend : 0, asked ? asked->frontend_port : 0,
+			    service, from_pod);
+	return 0;
 }

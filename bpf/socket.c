@@ -7,33 +7,12 @@
  */
 #include "counters.h"
 #include "endpoints.h"
+#include "flows.h"
+#include "peers.h"
 #include "services.h"
 
 /* Which namespace is the node's: only there does a loopback address mean the node. */
 const volatile __u64 node_netns_cookie = 0;
-
-/* Frontends this socket talks to, and the backends they were translated to. */
-#define PEERS 4
-
-struct peer {
-	struct address frontend, backend;
-	__be16 frontend_port, backend_port;
-	__u32 backend_id;
-	__u32 service;
-};
-
-struct peers {
-	struct peer peer[PEERS];
-	__u32 next; /* the oldest */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
-	__type(key, int);
-	__type(value, struct peers);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(pinning, LIBBPF_PIN_BY_NAME);
-} socket_peers SEC(".maps");
 
 static __always_inline bool is_node_address(struct bpf_sock_addr *ctx, const struct address *a)
 {
@@ -97,9 +76,9 @@ static __always_inline void remember(struct peers *peers, const struct service *
 
 enum verdict { UNTOUCHED, TRANSLATED, REFUSED, DEAD };
 
-/* Replaces addr and port, a frontend, by a backend's. */
+/* Replaces addr and port, a frontend, by a backend's; or says which service refuses. */
 static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct address *addr,
-					      __be16 *port)
+					      __be16 *port, __u32 *service)
 {
 	struct affinity_key client = {.by_netns = 1};
 	const struct backend *b = 0;
@@ -126,8 +105,10 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct 
 		client.service = svc.id;
 	}
 	b = backend_select(&svc, &client, &id);
-	if (!b)
+	if (!b) {
+		*service = svc.id;
 		return REFUSED;
+	}
 	if (peers)
 		remember(peers, &svc, addr, *port, b, id);
 	*addr = b->addr;
@@ -177,11 +158,35 @@ static __always_inline bool has_ports(struct bpf_sock_addr *ctx)
 	       ctx->protocol == IPPROTO_MPTCP;
 }
 
+/* Tells of a request that was refused: nobody has the address, or no backend of the service. */
+__global int report_refused(struct bpf_sock_addr *ctx, const struct address *a,
+				     __be16 port, __u32 reason, __u32 service)
+{
+	struct flow_event *e;
+
+	if (!a)
+		return 0;
+	e = event_begin(EVENT_DROPPED, drop_events_per_second);
+	if (!e)
+		return 0;
+	e->reason = reason;
+	e->connection.daddr = *a;
+	e->connection.dport = port;
+	e->connection.proto = ctx->protocol == IPPROTO_UDP ? IPPROTO_UDP : IPPROTO_TCP;
+	e->frontend = *a;
+	e->frontend_port = port;
+	e->service = service;
+	e->netns = bpf_get_netns_cookie(ctx);
+	event_end(e);
+	return 0;
+}
+
 /* Returns what the hook returns: 0 refuses with the errno set here. */
 static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool message)
 {
 	__be16 port = ctx->user_port;
 	struct address addr;
+	__u32 service = 0;
 
 	if (!has_ports(ctx))
 		return 1;
@@ -189,7 +194,7 @@ static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool m
 		load_v6(ctx, &addr);
 	else
 		address_from_v4(&addr, ctx->user_ip4);
-	switch (translate(ctx, &addr, &port)) {
+	switch (translate(ctx, &addr, &port, &service)) {
 	case UNTOUCHED:
 		/* A socket that connects anew must not answer with the name of an earlier service.
 		 */
@@ -200,10 +205,12 @@ static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool m
 		/* The routing table refuses it, too, but its ICMP is rate-limited: clients would
 		 * wait. */
 		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
+		report_refused(ctx, &addr, port, EVENT_NO_ADDRESS, 0);
 		bpf_set_retval(-EHOSTUNREACH);
 		return 0;
 	case REFUSED:
 		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
+		report_refused(ctx, &addr, port, EVENT_NO_BACKEND, service);
 		bpf_set_retval(-ECONNREFUSED);
 		return 0;
 	case TRANSLATED:

@@ -16,27 +16,32 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	SocketMapAffinity        = "affinity"
-	SocketMapBackends        = "backends"
-	SocketMapCounters        = "counters"
-	SocketMapEndpoints       = "endpoints"
-	SocketMapNode            = "node"
-	SocketMapNodeAddresses   = "node_addresses"
-	SocketMapRanges          = "ranges"
-	SocketMapServices        = "services"
-	SocketMapSlots           = "slots"
-	SocketMapSocketPeers     = "socket_peers"
-	SocketProgConnect4       = "connect4"
-	SocketProgConnect6       = "connect6"
-	SocketProgGetpeername4   = "getpeername4"
-	SocketProgGetpeername6   = "getpeername6"
-	SocketProgRecvmsg4       = "recvmsg4"
-	SocketProgRecvmsg6       = "recvmsg6"
-	SocketProgSendmsg4       = "sendmsg4"
-	SocketProgSendmsg6       = "sendmsg6"
-	SocketVarNodeNetnsCookie = "node_netns_cookie"
-	SocketVarNodePortMax     = "node_port_max"
-	SocketVarNodePortMin     = "node_port_min"
+	SocketMapAffinity            = "affinity"
+	SocketMapBackends            = "backends"
+	SocketMapCounters            = "counters"
+	SocketMapEndpoints           = "endpoints"
+	SocketMapEventBudgets        = "event_budgets"
+	SocketMapFlowEvents          = "flow_events"
+	SocketMapFlowFollowers       = "flow_followers"
+	SocketMapNode                = "node"
+	SocketMapNodeAddresses       = "node_addresses"
+	SocketMapRanges              = "ranges"
+	SocketMapServices            = "services"
+	SocketMapSlots               = "slots"
+	SocketMapSocketPeers         = "socket_peers"
+	SocketProgConnect4           = "connect4"
+	SocketProgConnect6           = "connect6"
+	SocketProgGetpeername4       = "getpeername4"
+	SocketProgGetpeername6       = "getpeername6"
+	SocketProgRecvmsg4           = "recvmsg4"
+	SocketProgRecvmsg6           = "recvmsg6"
+	SocketProgSendmsg4           = "sendmsg4"
+	SocketProgSendmsg6           = "sendmsg6"
+	SocketVarDropEventsPerSecond = "drop_events_per_second"
+	SocketVarNodeNetnsCookie     = "node_netns_cookie"
+	SocketVarNodePortMax         = "node_port_max"
+	SocketVarNodePortMin         = "node_port_min"
+	SocketVarOpenEventsPerSecond = "open_events_per_second"
 )
 
 // LoadSocket returns the embedded CollectionSpec for Socket.
@@ -99,6 +104,9 @@ type SocketMapSpecs struct {
 	Backends      *ebpf.MapSpec `ebpf:"backends"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
+	EventBudgets  *ebpf.MapSpec `ebpf:"event_budgets"`
+	FlowEvents    *ebpf.MapSpec `ebpf:"flow_events"`
+	FlowFollowers *ebpf.MapSpec `ebpf:"flow_followers"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
@@ -111,9 +119,11 @@ type SocketMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SocketVariableSpecs struct {
-	NodeNetnsCookie *ebpf.VariableSpec `ebpf:"node_netns_cookie"`
-	NodePortMax     *ebpf.VariableSpec `ebpf:"node_port_max"`
-	NodePortMin     *ebpf.VariableSpec `ebpf:"node_port_min"`
+	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
+	NodeNetnsCookie     *ebpf.VariableSpec `ebpf:"node_netns_cookie"`
+	NodePortMax         *ebpf.VariableSpec `ebpf:"node_port_max"`
+	NodePortMin         *ebpf.VariableSpec `ebpf:"node_port_min"`
+	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
 // SocketObjects contains all objects after they have been loaded into the kernel.
@@ -140,6 +150,9 @@ type SocketMaps struct {
 	Backends      *ebpf.Map `ebpf:"backends"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
+	EventBudgets  *ebpf.Map `ebpf:"event_budgets"`
+	FlowEvents    *ebpf.Map `ebpf:"flow_events"`
+	FlowFollowers *ebpf.Map `ebpf:"flow_followers"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
 	Ranges        *ebpf.Map `ebpf:"ranges"`
@@ -154,6 +167,9 @@ func (m *SocketMaps) Close() error {
 		m.Backends,
 		m.Counters,
 		m.Endpoints,
+		m.EventBudgets,
+		m.FlowEvents,
+		m.FlowFollowers,
 		m.Node,
 		m.NodeAddresses,
 		m.Ranges,
@@ -167,9 +183,11 @@ func (m *SocketMaps) Close() error {
 //
 // It can be passed to LoadSocketObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SocketVariables struct {
-	NodeNetnsCookie *ebpf.Variable `ebpf:"node_netns_cookie"`
-	NodePortMax     *ebpf.Variable `ebpf:"node_port_max"`
-	NodePortMin     *ebpf.Variable `ebpf:"node_port_min"`
+	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
+	NodeNetnsCookie     *ebpf.Variable `ebpf:"node_netns_cookie"`
+	NodePortMax         *ebpf.Variable `ebpf:"node_port_max"`
+	NodePortMin         *ebpf.Variable `ebpf:"node_port_min"`
+	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 
 // SocketPrograms contains all programs after they have been loaded into the kernel.

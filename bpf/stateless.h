@@ -6,12 +6,6 @@
 #pragma once
 #include "policy.h"
 
-struct fragment_key {
-	struct address saddr, daddr;
-	__u32 id;
-	__u32 proto;
-};
-
 /* Datagrams whose first fragment passed. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -67,17 +61,17 @@ static __always_inline bool icmp_subject(struct __sk_buff *skb, const struct pac
 	return address_equal(&t->saddr, &p->tuple.daddr);
 }
 
-static __noinline bool icmp_permitted(struct __sk_buff *skb, const struct packet *p)
+__global int icmp_permitted(struct __sk_buff *skb, const struct packet *p)
 {
 	struct judgement *j = judgement();
 	bool error, answer;
 	__u32 reversed;
 	__u8 type;
 
-	if (!j)
+	if (!j || !p)
 		return false;
 	if (bpf_skb_load_bytes(skb, p->l4, &type, sizeof(type))) {
-		count(COUNT_DROP_MALFORMED);
+		drop(COUNT_DROP_MALFORMED, p, 0);
 		return false;
 	}
 	if (p->v4) {
@@ -129,32 +123,33 @@ static __always_inline bool fragment_parse(struct __sk_buff *skb, struct packet 
 }
 
 /* The first fragment is judged by its ports; the others follow it, and do not pass before it. */
-static __noinline bool fragment_permitted(struct __sk_buff *skb, const struct packet *whole)
+__global int fragment_permitted(struct __sk_buff *skb, const struct packet *whole)
 {
 	struct judgement *j = judgement();
-	struct fragment_key key = {};
+	struct fragment_key *key;
 	__u32 one = 1, reversed;
 	enum opening opening;
 	struct packet *p;
 	struct flow *f;
 	bool first;
 
-	if (!j)
+	if (!j || !whole)
 		return false;
+	key = &j->datagram;
 	p = &j->fragment;
 	*p = *whole;
-	if (!fragment_parse(skb, p, &key, &first)) {
-		count(COUNT_DROP_MALFORMED);
+	if (!fragment_parse(skb, p, key, &first)) {
+		drop(COUNT_DROP_MALFORMED, whole, 0);
 		return false;
 	}
 	if (!first) {
-		if (bpf_map_lookup_elem(&fragments, &key))
+		if (bpf_map_lookup_elem(&fragments, key))
 			return true;
-		count(COUNT_DROP_FRAGMENT);
+		drop(COUNT_DROP_FRAGMENT, whole, 0);
 		return false;
 	}
 	if (parse_l4(skb, p) == PARSED_MALFORMED) {
-		count(COUNT_DROP_MALFORMED);
+		drop(COUNT_DROP_MALFORMED, whole, 0);
 		return false;
 	}
 	f = flow_find(&p->tuple, &reversed);
@@ -165,10 +160,10 @@ static __noinline bool fragment_permitted(struct __sk_buff *skb, const struct pa
 		opening = may_open(p);
 		if (opening == DENIED)
 			return false;
-		flow_open(p, 0, policy_version(),
-			  opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0);
+		flow_start(skb, p, 0, policy_version(),
+			   opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0);
 	}
-	bpf_map_update_elem(&fragments, &key, &one, BPF_ANY);
+	bpf_map_update_elem(&fragments, key, &one, BPF_ANY);
 	return true;
 }
 

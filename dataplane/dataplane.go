@@ -57,10 +57,15 @@ type Dataplane struct {
 	synced     chan struct{}
 	collectors []prometheus.Collector
 	flows      atomic.Int64 // tracked at the last collection
+	names      names
+	log        *flows.Log
 
 	mu       sync.Mutex // of all below, and of everything that changes links or the network
 	podCIDRs []netip.Prefix
 }
+
+// keptFlows is how many events a node remembers.
+const keptFlows = 4096
 
 // New loads the programs, or puts them in place of those that an earlier process left, and attaches
 // them. The informers must be started after it.
@@ -103,6 +108,11 @@ func (d *Dataplane) start(ctx context.Context) error {
 	if d.policies, err = d.newPolicies(); err != nil {
 		return err
 	}
+	events, err := d.maps.OpenEvents()
+	if err != nil {
+		return err
+	}
+	d.log = flows.NewLog(events, d.maps.SetFollowers, d.readFlow, keptFlows, d.cfg.Log)
 	if err := d.loader.AttachSockets(d.cfg.CgroupPath); err != nil {
 		return err
 	}
@@ -171,6 +181,11 @@ func (d *Dataplane) Run(ctx context.Context) error {
 	e := d.subscribe(ctx)
 	wg.Go(func() { d.watchNode(ctx, e) })
 	wg.Go(func() { d.waitSynced(ctx) })
+	wg.Go(func() {
+		if err := d.log.Run(ctx); err != nil {
+			d.cfg.Log.Error("flows are not shown any more", "err", err)
+		}
+	})
 	policies := make(chan error, 1)
 	wg.Go(func() {
 		policies <- d.policies.Run(ctx)
@@ -201,6 +216,9 @@ func (d *Dataplane) Close() {
 		d.cfg.Metrics.Unregister(c)
 	}
 	d.collectors = nil
+	if d.log != nil {
+		d.log.Close()
+	}
 	d.loader.Close()
 }
 

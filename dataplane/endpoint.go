@@ -25,6 +25,9 @@ type Endpoint struct {
 	Ifindex   int              // of the veth's end in the node's namespace
 	PodMAC    net.HardwareAddr // of the pod's end
 	HostMAC   net.HardwareAddr // of the node's end
+	// NetnsCookie is the kernel's name for the pod's network namespace; 0 if unknown. It tells whose socket
+	// was refused.
+	NetnsCookie uint64
 }
 
 func (e Endpoint) local() policy.Local {
@@ -89,6 +92,7 @@ func (d *Dataplane) AttachEndpoint(_ context.Context, e Endpoint) error {
 			return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
 		}
 	}
+	d.names.add(e)
 	if err := d.loader.AttachPod(e.Ifindex); err != nil {
 		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
 	}
@@ -106,6 +110,7 @@ func (d *Dataplane) DetachEndpoint(_ context.Context, e Endpoint) error {
 	if e.Ifindex > 0 {
 		errs = append(errs, d.loader.DetachPod(e.Ifindex))
 	}
+	d.names.remove(e)
 	if errors.Join(errs...) == nil {
 		d.policies.Detach(e.local())
 	}

@@ -39,6 +39,7 @@ func (d *Dataplane) syncNodeLocked() error {
 	if err := d.maps.SetNodeAddresses(addrs); err != nil {
 		return err
 	}
+	d.names.setNode(addrs)
 	if err := d.maps.SetNode(node(d.cfg.NodeIPs, d.podCIDRs)); err != nil {
 		return err
 	}

@@ -33,6 +33,9 @@ var Counters = []Counter{
 	{drops, dropsHelp, prometheus.Labels{"reason": "policy-egress"}},
 	{drops, dropsHelp, prometheus.Labels{"reason": "policy-closed"}},
 	{drops, dropsHelp, prometheus.Labels{"reason": "fragment-before-first"}},
+	{events, eventsHelp, prometheus.Labels{"result": "told"}},
+	{events, eventsHelp, prometheus.Labels{"result": "over-budget"}},
+	{events, eventsHelp, prometheus.Labels{"result": "ring-full"}},
 }
 
 const (
@@ -42,6 +45,8 @@ const (
 	packetsHelp     = "Packets by the way they took."
 	drops           = "skep_dataplane_drops_total"
 	dropsHelp       = "Packets dropped, by reason."
+	events          = "skep_dataplane_flow_events_total"
+	eventsHelp      = "Drops and new connections that the programs had to tell of, and what became of that."
 )
 
 // Collector reads the counters when Prometheus asks.

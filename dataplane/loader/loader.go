@@ -39,6 +39,7 @@ type Loader struct {
 	collections []*ebpf.Collection
 	programs    map[string]*ebpf.Program
 	maps        *maps.Maps
+	cookie      uint64 // of the network namespace
 }
 
 // Programs of each object, all loaded at once.
@@ -61,6 +62,10 @@ func Load(cfg Config) (*Loader, error) {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		cfg.Log.Warn("cannot raise the limit of locked memory", "err", err)
 	}
+	cookie, err := ThisNetnsCookie()
+	if err != nil {
+		return nil, err
+	}
 	specs, err := specs(cfg)
 	if err != nil {
 		return nil, err
@@ -71,7 +76,7 @@ func Load(cfg Config) (*Loader, error) {
 			return nil, fmt.Errorf("directory for pins: %w", err)
 		}
 	}
-	l := &Loader{cfg: cfg, programs: map[string]*ebpf.Program{}}
+	l := &Loader{cfg: cfg, cookie: cookie, programs: map[string]*ebpf.Program{}}
 	byName := map[string]*ebpf.Map{}
 	for i, spec := range specs {
 		coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: dir}})
@@ -97,7 +102,7 @@ func Load(cfg Config) (*Loader, error) {
 func (c Config) links() string { return filepath.Join(c.Dir, "links") }
 
 func specs(cfg Config) ([]*ebpf.CollectionSpec, error) {
-	cookie, err := netnsCookie()
+	cookie, err := ThisNetnsCookie()
 	if err != nil {
 		return nil, err
 	}
@@ -154,8 +159,8 @@ func explain(err error) error {
 	return err
 }
 
-// netnsCookie identifies the network namespace this runs in.
-func netnsCookie() (uint64, error) {
+// ThisNetnsCookie identifies the network namespace this runs in.
+func ThisNetnsCookie() (uint64, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("network namespace cookie: %w", err)
@@ -167,6 +172,9 @@ func netnsCookie() (uint64, error) {
 	}
 	return cookie, nil
 }
+
+// NetnsCookie identifies the network namespace that the programs take for the node's.
+func (l *Loader) NetnsCookie() uint64 { return l.cookie }
 
 // Maps that the programs use.
 func (l *Loader) Maps() *maps.Maps { return l.maps }

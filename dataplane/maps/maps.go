@@ -25,13 +25,15 @@ type Maps struct {
 	policy, identities        *ebpf.Map
 	policySlots, policyState  *ebpf.Map
 	policyDrops               *ebpf.Map
+	flowEvents, flowFollowers *ebpf.Map
 
 	fence *ebpf.Map // not pinned, see WaitReaders
 }
 
 // Names lists the maps, as the C sources name them.
 var names = []string{"services", "slots", "backends", "affinity", "endpoints", "node_addresses", "node", "ranges",
-	"conntrack_tcp", "conntrack_udp", "counters", "listeners", "policy", "identities", "policy_slots", "policy_state", "policy_drops"}
+	"conntrack_tcp", "conntrack_udp", "counters", "listeners", "policy", "identities", "policy_slots", "policy_state", "policy_drops",
+	"flow_events", "flow_followers"}
 
 // New takes handles of its own from maps by name.
 func New(byName map[string]*ebpf.Map) (*Maps, error) {
@@ -62,7 +64,8 @@ func New(byName map[string]*ebpf.Map) (*Maps, error) {
 func (m *Maps) all() []**ebpf.Map {
 	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.affinity, &m.endpoints, &m.nodeAddresses,
 		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners,
-		&m.policy, &m.identities, &m.policySlots, &m.policyState, &m.policyDrops}
+		&m.policy, &m.identities, &m.policySlots, &m.policyState, &m.policyDrops,
+		&m.flowEvents, &m.flowFollowers}
 }
 
 // Close releases the handles; pinned maps stay.

@@ -56,6 +56,7 @@ type Table struct {
 	locals     map[uint32]*local                   // by slot
 	entries    int
 	info       map[uint32]SetInfo // of all sets whose drops are counted
+	former     []formerSet        // that are gone: events about them may still be unread
 }
 
 // SetInfo names a set.
@@ -448,6 +449,7 @@ func (t *Table) Collect(s Store, final func(info SetInfo, drops uint64)) error {
 		if info, ok := t.info[set]; ok { // else it was told before the deletion failed
 			final(info, n)
 			delete(t.info, set)
+			t.former = append(t.former[max(0, len(t.former)-formerSets+1):], formerSet{set, info})
 		}
 		return nil
 	})

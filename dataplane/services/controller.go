@@ -44,6 +44,7 @@ type Controller struct {
 
 	mu     sync.Mutex
 	failed map[string]error
+	names  names
 
 	applied    prometheus.Histogram
 	failures   prometheus.Counter
@@ -220,6 +221,7 @@ func (c *Controller) sync(key string) error {
 	if err == nil {
 		err = c.reconciler.Apply(key, want.Sets)
 	}
+	c.name(key, want.Sets)
 	services, slots, backends := c.reconciler.Size()
 	c.sizes[0].Store(int64(services))
 	c.sizes[1].Store(int64(slots))

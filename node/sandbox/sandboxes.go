@@ -20,6 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"skep.io/skep/dataplane"
+	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/node/sandbox/cgroup"
 )
 
@@ -165,7 +166,19 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 		}
 	}
 	if len(want) > 0 {
-		if err := makeNamespaces(dir, want, func() error { return configure(spec) }); err != nil {
+		err := makeNamespaces(dir, want, func() error {
+			if !spec.HostNetwork {
+				cookie, err := loader.ThisNetnsCookie()
+				if err != nil {
+					return err
+				}
+				s.mu.Lock()
+				r.Sandbox.Endpoint.NetnsCookie = cookie
+				s.mu.Unlock()
+			}
+			return configure(spec)
+		})
+		if err != nil {
 			return r, err
 		}
 	}

@@ -202,7 +202,7 @@ require (
 	k8s.io/apiserver v0.36.3
 	k8s.io/client-go v0.37.0
 	k8s.io/cloud-provider v0.36.3 // indirect
-	k8s.io/cluster-bootstrap v0.0.0 // indirect
+	k8s.io/cluster-bootstrap v0.0.0
 	k8s.io/component-base v0.37.0
 	k8s.io/controller-manager v0.36.3 // indirect
 	k8s.io/cri-api v0.37.0

@@ -19,6 +19,8 @@ const (
 	KubeconfigPath = ConfigDir + "/kubeconfig"
 	// ServerConfigPath is read by `skep server` when no --config is given and the file exists.
 	ServerConfigPath = ConfigDir + "/server.yaml"
+	// AgentConfigPath is the same for `skep agent`.
+	AgentConfigPath = ConfigDir + "/agent.yaml"
 	// PodLogsDir has the layout that log collectors know from kubelet:
 	// NAMESPACE_NAME_UID/CONTAINER/ATTEMPT.log.
 	PodLogsDir = "/var/log/pods"
@@ -43,4 +45,9 @@ const (
 	// IngressClassName is the default IngressClass, with IngressControllerName as its controller.
 	IngressClassName      = "skep"
 	IngressControllerName = "skep.io/ingress"
+	// BootstrapGroup is whom tokens of `skep token create` authenticate as, besides their id.
+	BootstrapGroup = "system:bootstrappers:skep:agents"
+	// ClusterConfigMap, in kube-system, tells nodes what they have to agree on: its keys are flags of
+	// `skep server`.
+	ClusterConfigMap = "skep-cluster"
 )

@@ -4,16 +4,20 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/cli-runtime/pkg/genericiooptions"
 
 	"skep.io/skep/api"
+	"skep.io/skep/node/hostcheck"
 )
 
 // nodeOptions are the flags that `skep server` and `skep agent` share: what is said of one machine.
@@ -39,6 +43,35 @@ func (o *nodeOptions) addFlags(f *pflag.FlagSet, configPath string) {
 	f.StringSliceVar(&o.upstreamDNS, "upstream-dns", nil, "Name servers for names outside the cluster (default: the host's)")
 	f.StringVar(&o.logLevel, "log-level", "info", "One of debug, info, warn, error")
 	f.StringVar(&o.logFormat, "log-format", "text", "One of text, json")
+}
+
+// prepare reads the configuration file, makes the log and looks whether this host can run skep. Its
+// errors are for main.
+func (o *nodeOptions) prepare(cmd *cobra.Command, streams genericiooptions.IOStreams, defaultConfig string) (*slog.Logger, error) {
+	if o.config == "" {
+		if _, err := os.Stat(defaultConfig); err == nil {
+			o.config = defaultConfig
+		}
+	}
+	if o.config != "" {
+		if err := loadConfig(o.config, cmd.LocalFlags()); err != nil {
+			return nil, fail("%w", err)
+		}
+	}
+	log, err := newLogger(streams.ErrOut, o.logLevel, o.logFormat)
+	if err != nil {
+		return nil, fail("%w", err)
+	}
+	results := hostcheck.Run(hostcheck.This())
+	if err := hostcheck.Err(results); err != nil {
+		return nil, fail("this host cannot run skep:\n%w\n`skep check` prints the whole list", err)
+	}
+	for _, r := range results {
+		if r.Outcome == hostcheck.Reduced {
+			log.Warn("this host lacks something", "what", r.Name, "instead", r.Detail, "remedy", r.Remedy)
+		}
+	}
+	return log, nil
 }
 
 // nodeSettings are nodeOptions once they have been checked and completed.

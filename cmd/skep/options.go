@@ -65,12 +65,7 @@ func (o *serverOptions) complete(h host) (serverSettings, error) {
 		errs = append(errs, fmt.Errorf("--%s: %w", flag, fmt.Errorf(format, args...)))
 	}
 	s := serverSettings{kubeconfigPath: o.writeKubeconfig, tlsSANs: o.tlsSANs}
-	s.clusterDomain = o.clusterDomain
 	s.nodeSettings = o.nodeOptions.complete(h, bad)
-	for _, problem := range validation.IsDNS1123Subdomain(s.clusterDomain) {
-		bad("cluster-domain", "%q: %s", s.clusterDomain, problem)
-	}
-
 	if s.bindAddress = net.ParseIP(o.bindAddress); s.bindAddress == nil {
 		bad("bind-address", "%q is not an IP address", o.bindAddress)
 	} else if s.bindAddress.Equal(net.IPv6unspecified) && !h.hasIPv6 {
@@ -88,6 +83,24 @@ func (o *serverOptions) complete(h host) (serverSettings, error) {
 	if s.securePort = o.securePort; !validPort(o.securePort) {
 		bad("secure-port", "%d is not a port", o.securePort)
 	}
+	var err error
+	if s.clusterSettings, err = o.cluster(h.hasIPv6); err != nil {
+		errs = append(errs, err)
+	}
+	return s, errors.Join(errs...)
+}
+
+// cluster checks and completes what is the same on every node. Ranges of a family that this host does not
+// have are left out.
+func (o *serverOptions) cluster(hasIPv6 bool) (clusterSettings, error) {
+	var errs []error
+	bad := func(flag, format string, args ...any) {
+		errs = append(errs, fmt.Errorf("--%s: %w", flag, fmt.Errorf(format, args...)))
+	}
+	s := clusterSettings{clusterDomain: o.clusterDomain}
+	for _, problem := range validation.IsDNS1123Subdomain(s.clusterDomain) {
+		bad("cluster-domain", "%q: %s", s.clusterDomain, problem)
+	}
 	if s.ingressHTTPPort = uint16(o.ingressHTTPPort); !validPort(o.ingressHTTPPort) {
 		bad("ingress-http-port", "%d is not a port", o.ingressHTTPPort)
 	}
@@ -101,10 +114,10 @@ func (o *serverOptions) complete(h host) (serverSettings, error) {
 	}
 
 	var err error
-	if s.clusterCIDRs, err = parseRanges(o.clusterCIDR, h.hasIPv6, 22, 56); err != nil {
+	if s.clusterCIDRs, err = parseRanges(o.clusterCIDR, hasIPv6, 22, 56); err != nil {
 		bad("cluster-cidr", "%w", err)
 	}
-	if s.serviceCIDRs, err = parseRanges(o.serviceCIDR, h.hasIPv6, 24, 120); err != nil {
+	if s.serviceCIDRs, err = parseRanges(o.serviceCIDR, hasIPv6, 24, 120); err != nil {
 		bad("service-cluster-ip-range", "%w", err)
 	}
 	for _, service := range s.serviceCIDRs {

@@ -110,7 +110,7 @@ func refuseForeign(dataDir string) error {
 	if err != nil {
 		return err
 	}
-	for _, own := range []string{"server", "containerd", "images", "pods"} {
+	for _, own := range []string{"server", "agent", "containerd", "images", "pods"} {
 		if _, err := os.Stat(filepath.Join(dataDir, own)); err == nil {
 			return nil
 		}

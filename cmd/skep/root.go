@@ -67,6 +67,8 @@ func newRootCommand(args []string, in io.Reader, out, errOut io.Writer) *cobra.C
 func ownCommands(streams genericiooptions.IOStreams) []*cobra.Command {
 	return []*cobra.Command{
 		newServerCommand(streams),
+		newAgentCommand(streams),
+		newTokenCommand(streams),
 		newStatusCommand(streams),
 		newCheckCommand(streams),
 		newResetCommand(streams),

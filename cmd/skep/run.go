@@ -62,6 +62,9 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	}
 	defer release()
 
+	if _, err := os.Stat(filepath.Join(s.dataDir, "agent")); err == nil {
+		return fmt.Errorf("%s is an agent's: this machine has joined another server's cluster; `skep reset` takes it out", s.dataDir)
+	}
 	started := time.Now()
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
@@ -196,7 +199,7 @@ func (p *process) controllersConfig() (controllers.Config, error) {
 			return p.config(user, accountGroups(user)...)
 		},
 		ClusterCIDRs: p.settings.clusterCIDRs, ServiceCIDRs: p.settings.serviceCIDRs,
-		RootCA: p.authority.CAPEM(), ServiceAccountKey: key,
+		RootCA: p.authority.CAPEM(), CAFile: p.authority.CAFile(), CAKeyFile: p.authority.CAKeyFile(), ServiceAccountKey: key,
 		Log: p.log.With("part", "controllers"), Metrics: p.metrics,
 	}, nil
 }
@@ -252,16 +255,15 @@ func (p *process) announce(ctx context.Context, started time.Time) error {
 	if err := pki.WriteKubeconfig(p.settings.kubeconfigPath, url, p.authority.CAPEM(), cert, key); err != nil {
 		return fmt.Errorf("kubeconfig: %w", err)
 	}
-	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))
-
-	select {
-	case <-time.After(10 * time.Second): // nothing says when the last informer has read its first list
-		giveBackMemory(p.log)
-		if err := coalesceTimers(); err != nil {
-			p.log.Debug("timers stay precise, which costs an idle server processor time", "error", err)
-		}
-	case <-ctx.Done():
+	nodes, err := p.client("system:skep", "system:masters")
+	if err != nil {
+		return err
 	}
+	if err := publishCluster(ctx, nodes, p.settings.clusterSettings); err != nil {
+		return err
+	}
+	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))
+	settle(ctx, p.log)
 	return nil
 }
 

@@ -4,13 +4,11 @@ package main
 
 import (
 	"fmt"
-	"os"
 
 	"github.com/spf13/cobra"
 	"k8s.io/cli-runtime/pkg/genericiooptions"
 
 	"skep.io/skep/api"
-	"skep.io/skep/node/hostcheck"
 )
 
 func newServerCommand(streams genericiooptions.IOStreams) *cobra.Command {
@@ -25,28 +23,9 @@ func newServerCommand(streams genericiooptions.IOStreams) *cobra.Command {
 		Args:         cobra.NoArgs,
 		SilenceUsage: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.config == "" {
-				if _, err := os.Stat(api.ServerConfigPath); err == nil {
-					o.config = api.ServerConfigPath
-				}
-			}
-			if o.config != "" {
-				if err := loadConfig(o.config, cmd.LocalFlags()); err != nil {
-					return fail("%w", err)
-				}
-			}
-			log, err := newLogger(streams.ErrOut, o.logLevel, o.logFormat)
+			log, err := o.prepare(cmd, streams, api.ServerConfigPath)
 			if err != nil {
-				return fail("%w", err)
-			}
-			results := hostcheck.Run(hostcheck.This())
-			if err := hostcheck.Err(results); err != nil {
-				return fail("this host cannot run skep:\n%w\n`skep check` prints the whole list", err)
-			}
-			for _, r := range results {
-				if r.Outcome == hostcheck.Reduced {
-					log.Warn("this host lacks something", "what", r.Name, "instead", r.Detail, "remedy", r.Remedy)
-				}
+				return err
 			}
 			h, err := thisHost()
 			if err != nil {

@@ -5,10 +5,12 @@ package apiserver
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	certificatesv1 "k8s.io/api/certificates/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -20,6 +22,8 @@ import (
 	rbacrest "k8s.io/kubernetes/pkg/registry/rbac/rest"
 	schedulingrest "k8s.io/kubernetes/pkg/registry/scheduling/rest"
 	"k8s.io/kubernetes/plugin/pkg/auth/authorizer/rbac/bootstrappolicy"
+
+	"skep.io/skep/api"
 )
 
 // Upstream creates the RBAC bootstrap policy and the system priority classes in hooks that wait
@@ -52,12 +56,45 @@ var (
 		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-network"},
 		Rules: []rbacv1.PolicyRule{
 			{Verbs: []string{"list", "watch"}, APIGroups: []string{"networking.k8s.io"}, Resources: []string{"networkpolicies"}},
-			{Verbs: []string{"list", "watch"}, APIGroups: []string{""}, Resources: []string{"pods", "namespaces"}},
+			{Verbs: []string{"list", "watch"}, APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "services", "nodes"}},
+			{Verbs: []string{"list", "watch"}, APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}},
+			{Verbs: []string{"list", "watch"}, APIGroups: []string{"networking.k8s.io"}, Resources: []string{"ingresses", "ingressclasses"}},
 		},
 	}
 	nodeNetworkBinding = rbacv1.ClusterRoleBinding{
 		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-network"},
 		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "skep:node-network"},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: user.NodesGroup}},
+	}
+)
+
+// What machines need to become nodes. Upstream's role of the certificate controller may approve clients'
+// requests only.
+var (
+	joinRoles = []rbacv1.ClusterRole{{
+		ObjectMeta: metav1.ObjectMeta{Name: "skep:serving-certificate-approver"},
+		Rules: []rbacv1.PolicyRule{{
+			Verbs: []string{"approve"}, APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"signers"}, ResourceNames: []string{certificatesv1.KubeletServingSignerName},
+		}},
+	}}
+	joinBindings = []rbacv1.ClusterRoleBinding{{
+		ObjectMeta: metav1.ObjectMeta{Name: "skep:serving-certificate-approver"},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "skep:serving-certificate-approver"},
+		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "certificate-controller"}},
+	}, {
+		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-bootstrapper"},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "system:node-bootstrapper"},
+		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: api.BootstrapGroup}},
+	}}
+	clusterConfigRole = rbacv1.Role{
+		ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceSystem, Name: "skep:cluster-config"},
+		Rules: []rbacv1.PolicyRule{{
+			Verbs: []string{"get", "list", "watch"}, APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{api.ClusterConfigMap},
+		}},
+	}
+	clusterConfigBinding = rbacv1.RoleBinding{
+		ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceSystem, Name: "skep:cluster-config"},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "skep:cluster-config"},
 		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: user.NodesGroup}},
 	}
 )
@@ -117,23 +154,19 @@ func ensureRBAC(ctx context.Context, client kubernetes.Interface) error {
 		})
 	}
 
-	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), []rbacv1.ClusterRole{nodeNetworkRole}) {
+	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), []rbacv1.ClusterRole{nodeNetworkRole}, joinRoles) {
 		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.ClusterRoleRuleOwner{ClusterRole: &r}, Client: clusterRoles})
 	}
-	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), []rbacv1.ClusterRoleBinding{nodeNetworkBinding}) {
+	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), []rbacv1.ClusterRoleBinding{nodeNetworkBinding}, joinBindings) {
 		binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.ClusterRoleBindingAdapter{ClusterRoleBinding: &b}, Client: clusterRoleBindings})
 	}
-	for _, roles := range bootstrappolicy.NamespaceRoles() {
-		for _, r := range roles {
-			role(reconciliation.ReconcileRoleOptions{Role: reconciliation.RoleRuleOwner{Role: &r},
-				Client: reconciliation.RoleModifier{Client: rbac, NamespaceClient: namespaces}})
-		}
+	for _, r := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoles()))...), clusterConfigRole) {
+		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.RoleRuleOwner{Role: &r},
+			Client: reconciliation.RoleModifier{Client: rbac, NamespaceClient: namespaces}})
 	}
-	for _, bindings := range bootstrappolicy.NamespaceRoleBindings() {
-		for _, b := range bindings {
-			binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.RoleBindingAdapter{RoleBinding: &b},
-				Client: reconciliation.RoleBindingClientAdapter{Client: rbac, NamespaceClient: namespaces}})
-		}
+	for _, b := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoleBindings()))...), clusterConfigBinding) {
+		binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.RoleBindingAdapter{RoleBinding: &b},
+			Client: reconciliation.RoleBindingClientAdapter{Client: rbac, NamespaceClient: namespaces}})
 	}
 	return g.Wait()
 }

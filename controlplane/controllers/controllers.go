@@ -54,6 +54,9 @@ type Config struct {
 	// kubernetes.io/service-account-token, in PEM; without it such Secrets stay empty.
 	RootCA, ServiceAccountKey []byte
 
+	// CAFile and CAKeyFile are the authority that signs certificate requests; without them none is signed.
+	CAFile, CAKeyFile string
+
 	// NodeTiming is how long a node may be silent; zero fields have the default.
 	NodeTiming nodelifecycle.Timing
 	// TerminatedPods is how many ended pods are kept; 0 is podgc.DefaultThreshold.

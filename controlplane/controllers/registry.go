@@ -4,9 +4,11 @@ package controllers
 
 import (
 	"context"
+	"slices"
 
 	"skep.io/skep/controlplane/controllers/bootstrap"
 	"skep.io/skep/controlplane/controllers/cronjob"
+	"skep.io/skep/controlplane/controllers/csrapproval"
 	"skep.io/skep/controlplane/controllers/daemonset"
 	"skep.io/skep/controlplane/controllers/deployment"
 	"skep.io/skep/controlplane/controllers/endpointslice"
@@ -35,6 +37,9 @@ func registry() []entry {
 		{"disruption", account("disruption-controller"), makeDisruption},
 		{"ttlafterfinished", account("ttl-after-finished-controller"), makeTTLAfterFinished},
 		{"endpoints", account("endpoint-controller"), makeEndpoints},
+		{"csrsigning", account("certificate-controller"), makeCSRSigning},
+		{"csrcleaner", account("certificate-controller"), makeCSRCleaner},
+		{"tokencleaner", account("token-cleaner"), makeTokenCleaner},
 	}...)
 }
 
@@ -70,6 +75,9 @@ func own() []entry {
 		}},
 		{"endpointslice", account("endpointslice-controller"), func(_ context.Context, e env) (run, error) {
 			return started(endpointslice.New(e.deps))
+		}},
+		{"csrapproval", account("certificate-controller"), func(_ context.Context, e env) (run, error) {
+			return started(csrapproval.New(e.deps, slices.Concat(e.cfg.ClusterCIDRs, e.cfg.ServiceCIDRs)))
 		}},
 		{"podgc", account("pod-garbage-collector"), func(_ context.Context, e env) (run, error) {
 			return started(podgc.New(e.deps, e.cfg.TerminatedPods, podgc.Quarantine))

@@ -24,8 +24,9 @@ import (
 // does, can still fall between two pairs; it reads again because the file changed.
 type Files struct{ Cert, Key string }
 
-// ServerFiles keeps a serving certificate for hosts, and its key, in NAME.pem. It is issued anew
-// when it lacks one of hosts, two thirds of its life are over, or another authority signed it.
+// ServerFiles keeps a serving certificate for hosts, its key and the authority's certificate in NAME.pem.
+// It is issued anew when it lacks one of hosts, two thirds of its life are over, or another authority
+// signed it. The authority is shown to clients so that one that knows only its hash can learn it.
 func (a *Authority) ServerFiles(name, cn string, hosts []string) (Files, error) {
 	return a.keep(name, a.ca, serverTemplate(cn, hosts))
 }
@@ -50,7 +51,8 @@ func (a *Authority) keep(name string, parent signer, want *x509.Certificate) (Fi
 	switch {
 	case err == nil:
 		// A leaf can always be made again, so an unreadable one is only a reason to do so.
-		if have, err := tls.X509KeyPair(pairPEM, pairPEM); err == nil && reissue(have.Leaf, want, parent.cert, a.now()) == "" {
+		have, err := tls.X509KeyPair(pairPEM, pairPEM)
+		if err == nil && len(have.Certificate) == 2 && reissue(have.Leaf, want, parent.cert, a.now()) == "" {
 			return files, nil
 		}
 	case !errors.Is(err, fs.ErrNotExist):
@@ -60,7 +62,7 @@ func (a *Authority) keep(name string, parent signer, want *x509.Certificate) (Fi
 	if err != nil {
 		return Files{}, err
 	}
-	if err := writeFile(path, slices.Concat(certPEM, keyPEM)); err != nil {
+	if err := writeFile(path, slices.Concat(certPEM, keyPEM, parent.certPEM)); err != nil {
 		return Files{}, fmt.Errorf("pki: %w", err)
 	}
 	return files, nil

@@ -30,7 +30,8 @@ type Options struct {
 	Dir       string   // gets data/, log/ and server.log; survives the node
 	Bin       string   // directory of skep and the shim
 	ImagesDir string   // archives to import at start; may be empty
-	Args      []string // further arguments of `skep server`
+	Args      []string // further arguments of `skep server` or `skep agent`
+	Of        *Node    // the server whose cluster this node joins as an agent, on its LAN; nil: a server itself
 	LAN       *LAN     // to share one with other nodes; nil: an own one, closed by Stop
 	Server    []string // what to run in place of `Bin/skep server`
 }
@@ -72,6 +73,9 @@ func NewNode(ctx context.Context, o Options) (*Node, error) {
 		if err := os.MkdirAll(filepath.Join(n.Dir, sub), 0o755); err != nil {
 			return nil, fmt.Errorf("make node directory: %w", err)
 		}
+	}
+	if n.Of != nil {
+		n.LAN = n.Of.LAN
 	}
 	if n.LAN == nil {
 		if n.LAN, err = NewLAN(o.Name + "-lan"); err != nil {
@@ -138,6 +142,9 @@ func (n *Node) StartServer() error {
 	argv := slices.Clone(n.Server)
 	if argv == nil {
 		argv = []string{filepath.Join(n.Bin, "skep"), "server"}
+		if n.Of != nil {
+			argv = append(argv[:1], "agent", "--server", n.Of.URL())
+		}
 		if n.ImagesDir != "" {
 			argv = append(argv, "--images-dir", n.ImagesDir)
 		}
@@ -151,8 +158,25 @@ func (n *Node) StartServer() error {
 	return nil
 }
 
+// URL is where a server's API is reached on the LAN.
+func (n *Node) URL() string {
+	return fmt.Sprintf("https://%s", netip.AddrPortFrom(n.Addrs[0], api.DefaultAPIPort))
+}
+
+// Token makes a token with which agents can join the server's cluster.
+func (n *Node) Token(ctx context.Context) (string, error) {
+	out, err := n.Exec(ctx, "skep", "token", "create", "--ttl", "1h").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("node %s: skep token create: %w\n%s", n.Name, err, out)
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
 // Config reaches the API server from the calling process as the administrator.
 func (n *Node) Config() (*rest.Config, error) {
+	if n.Of != nil {
+		return n.Of.Config()
+	}
 	raw, err := os.ReadFile(n.Path(api.KubeconfigPath))
 	if err != nil {
 		return nil, err
@@ -196,7 +220,11 @@ func (n *Node) WaitReady(ctx context.Context) error {
 		return err
 	}
 	return n.await(ctx, "the node to be Ready", func(ctx context.Context) error {
-		node, err := n.client.CoreV1().Nodes().Get(ctx, n.Name, metav1.GetOptions{})
+		client, err := n.Kubernetes()
+		if err != nil {
+			return err
+		}
+		node, err := client.CoreV1().Nodes().Get(ctx, n.Name, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}

@@ -29,6 +29,10 @@ import (
 //	server start|kill|restart|stop|reset|again
 //	                         start: and wait until Ready; kill: SIGKILL; stop: SIGTERM; reset: `skep reset`;
 //	                         again: start it if it has ended, and wait
+//	agent make|start|kill|stop|restart|ready|reset NAME [ARG...]
+//	                         make: another machine on the node's LAN, which scripts enter by `on NAME COMMAND...`;
+//	                         start: make it if need be, and start `skep agent` with ARGs there; kill: SIGKILL;
+//	                         stop: SIGTERM; restart: start it again; ready: wait until its Node is Ready
 //	until [-not] PATTERN COMMAND...
 //	                         repeat COMMAND until its output matches
 //	load start NAME [-from node|outside|pod/NAME] [flags] URL
@@ -46,6 +50,7 @@ func commands() map[string]func(*testscript.TestScript, bool, []string) {
 	return map[string]func(*testscript.TestScript, bool, []string){
 		"machine":  machineCommand,
 		"server":   serverCommand,
+		"agent":    agentCommand,
 		"until":    untilCommand,
 		"load":     loadCommand,
 		"jsonpath": jsonpathCommand,
@@ -160,6 +165,9 @@ func untilCommand(ts *testscript.TestScript, neg bool, args []string) {
 // scriptEnv is the part of the script's environment that its programs need.
 func scriptEnv(ts *testscript.TestScript) []string {
 	var env []string
+	for name := range state(ts).agents {
+		env = append(env, agentEnv(name)+"="+ts.Getenv(agentEnv(name)))
+	}
 	for _, key := range []string{"PATH", "WORK", "HOME", "TMPDIR", "LANG", "TERM", "KUBECONFIG", "NS", nodeEnv, outsideEnv, pathEnv, kubectlEnv} {
 		if value := ts.Getenv(key); value != "" {
 			env = append(env, key+"="+value)

@@ -42,6 +42,7 @@ func TestMain(m *testing.M) {
 		"kubectl": command(nodeEnv, "kubectl"),
 		"node":    command(nodeEnv),
 		"outside": command(outsideEnv),
+		"on":      onAgent,
 	})
 }
 
@@ -54,6 +55,21 @@ func command(where string, first ...string) func() {
 		}
 	}
 }
+
+// onAgent runs a command on the agent that the first argument names.
+func onAgent() {
+	if len(os.Args) < 3 {
+		fmt.Fprintln(os.Stderr, "usage: on AGENT COMMAND...")
+		os.Exit(2)
+	}
+	if err := elsewhere(os.Getenv(agentEnv(os.Args[1])), os.Args[2:]); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// agentEnv is the variable with the place of an agent.
+func agentEnv(name string) string { return nodeEnv + "_" + name }
 
 func elsewhere(place string, argv []string) error {
 	if place == "" {

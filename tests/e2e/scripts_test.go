@@ -110,6 +110,11 @@ func TestOwn(t *testing.T) {
 			s := &script{own: true, newNode: func(args []string) (*cluster.Node, error) {
 				return newNode(context.Background(), b, name, dir, args...)
 			}}
+			s.newAgent = func(agent string) (*cluster.Node, error) {
+				return cluster.NewNode(context.Background(), cluster.Options{
+					Name: s.node.Name + "-" + agent, Dir: filepath.Join(dir, agent), Bin: b.Bin, ImagesDir: b.Images, Of: s.node,
+				})
+			}
 			env.Values[scriptKey{}] = s
 			env.Defer(func() {
 				s.end(env)
@@ -123,6 +128,20 @@ func TestOwn(t *testing.T) {
 	})
 }
 
+// endNode removes a node. After a failure its leaks are not the story.
+func endNode(t testing.TB, n *cluster.Node) {
+	stop := n.Stop
+	if t.Failed() {
+		if n.Of != nil {
+			t.Log(n.Name, n.Tail(40))
+		}
+		stop = n.Discard
+	}
+	if err := stop(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
+
 // scriptKey finds the script's state.
 type scriptKey struct{}
 
@@ -131,6 +150,8 @@ type script struct {
 	node      *cluster.Node
 	own       bool
 	newNode   func(args []string) (*cluster.Node, error)
+	newAgent  func(name string) (*cluster.Node, error)
+	agents    map[string]*cluster.Node
 	namespace string
 	loads     map[string]*load
 	snapshot  cluster.Snapshot
@@ -222,13 +243,10 @@ func (s *script) end(env *testscript.Env) {
 		pause(t, s.node)
 	}
 	if s.own {
-		stop := s.node.Stop
-		if t.Failed() {
-			stop = s.node.Discard // its leaks are not the story
+		for _, a := range s.agents {
+			endNode(t, a)
 		}
-		if err := stop(ctx); err != nil {
-			t.Error(err)
-		}
+		endNode(t, s.node)
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)

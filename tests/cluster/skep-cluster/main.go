@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Command skep-cluster keeps a node of the test harness running, to look at it by hand.
+// Command skep-cluster keeps nodes of the test harness running, to look at it by hand.
 //
-//	skep-cluster up [-name N] [-no-server] [-- SERVER-FLAGS...]    until ^C; then reset and leak check
-//	skep-cluster exec [-name N] [-outside] COMMAND...       inside the node, or at its client
+//	skep-cluster up [-name N] [-agents COUNT] [-no-server] [-- SERVER-FLAGS...]  until ^C; then reset and leak check
+//	skep-cluster exec [-name N] [-outside | -agent 1..COUNT] COMMAND...  inside the node, at its client, or inside an agent
 //	skep-cluster server [-name N] kill|restart
 package main
 
@@ -38,16 +38,21 @@ func run(args []string) error {
 	flags := flag.NewFlagSet(args[0], flag.ExitOnError)
 	name := flags.String("name", "try", "of the node")
 	outside := flags.Bool("outside", false, "at the client")
+	agents := flags.Int("agents", 0, "how many machines join the server")
+	agent := flags.Int("agent", 0, "in the agent of that number")
 	bare := flags.Bool("no-server", false, "start no server")
 	_ = flags.Parse(args[1:]) // exits on errors
 	dir := filepath.Join(os.TempDir(), "skep-cluster-"+*name)
 	switch args[0] {
 	case "up":
-		return up(*name, dir, *bare, flags.Args())
+		return up(*name, dir, *bare, *agents, flags.Args())
 	case "exec":
 		place := "node"
-		if *outside {
+		switch {
+		case *outside:
 			place = "outside"
+		case *agent > 0:
+			place = agentName(*agent)
 		}
 		where, err := os.ReadFile(filepath.Join(dir, place))
 		if err != nil {
@@ -84,7 +89,37 @@ func readOr(path string) string {
 	return string(raw)
 }
 
-func up(name, dir string, bare bool, serverArgs []string) error {
+func agentName(number int) string { return fmt.Sprintf("agent%d", number) }
+
+// addAgents makes machines that join the server n.
+func addAgents(ctx context.Context, n *cluster.Node, dir string, count int) (agents []*cluster.Node, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	for i := range count {
+		name := agentName(i + 1)
+		token, err := n.Token(ctx)
+		if err != nil {
+			return agents, err
+		}
+		a, err := cluster.Start(ctx, cluster.Options{
+			Name: n.Name + "-" + name, Dir: filepath.Join(dir, name+".d"), Bin: n.Bin, ImagesDir: n.ImagesDir, Of: n, Args: []string{"--token", token},
+		})
+		if err != nil {
+			return agents, err
+		}
+		agents = append(agents, a)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(a.Place()), 0o600); err != nil {
+			return agents, err
+		}
+		if err := a.WaitReady(ctx); err != nil {
+			return agents, err
+		}
+		fmt.Printf("node %s is Ready at %s; log in %s\n", a.Name, a.Addrs[0], a.LogPath())
+	}
+	return agents, nil
+}
+
+func up(name, dir string, bare bool, count int, serverArgs []string) error {
 	ctx := context.Background()
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2)
@@ -121,6 +156,17 @@ func up(name, dir string, bare bool, serverArgs []string) error {
 	if !bare {
 		restart()
 	}
+	agents, err := addAgents(ctx, n, dir, count)
+	defer func() {
+		for _, a := range agents {
+			if err := a.Discard(ctx); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+			}
+		}
+	}()
+	if err != nil {
+		return err
+	}
 	for sig := range signals {
 		switch sig {
 		case unix.SIGUSR1:
@@ -130,7 +176,10 @@ func up(name, dir string, bare bool, serverArgs []string) error {
 		case unix.SIGUSR2:
 			restart()
 		default:
-			return n.Stop(ctx)
+			for _, a := range agents {
+				err = errors.Join(err, a.Stop(ctx))
+			}
+			return errors.Join(err, n.Stop(ctx))
 		}
 	}
 	return nil

@@ -3,6 +3,7 @@
 package dataplane
 
 import (
+	"context"
 	"net/netip"
 	"strings"
 	"sync"
@@ -123,5 +124,8 @@ func (d *Dataplane) readFlow(e *maps.FlowEvent, now flows.Moment) flows.Flow {
 	return flows.Read(e, d.cfg.NodeName, flowNames{d}, now)
 }
 
-// Flows are the last drops and connections of this node, and those to come.
-func (d *Dataplane) Flows() *flows.Log { return d.log }
+// Flows gives the last drops and new connections of this node to each, oldest first, and with follow those to
+// come until ctx ends.
+func (d *Dataplane) Flows(ctx context.Context, follow bool, each func(flows.Flow) error) error {
+	return d.log.Recent(ctx, follow, each)
+}

@@ -42,11 +42,19 @@ func clientConfig(cmd *cobra.Command) (*rest.Config, error) {
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	overrides := &clientcmd.ConfigOverrides{}
 	for name, target := range map[string]*string{
-		"kubeconfig": &rules.ExplicitPath, "context": &overrides.CurrentContext, "server": &overrides.ClusterInfo.Server,
+		"kubeconfig": &rules.ExplicitPath, "context": &overrides.CurrentContext,
+		"cluster": &overrides.Context.Cluster, "user": &overrides.Context.AuthInfo,
+		"server": &overrides.ClusterInfo.Server, "certificate-authority": &overrides.ClusterInfo.CertificateAuthority,
+		"tls-server-name": &overrides.ClusterInfo.TLSServerName, "token": &overrides.AuthInfo.Token,
+		"client-certificate": &overrides.AuthInfo.ClientCertificate, "client-key": &overrides.AuthInfo.ClientKey,
+		"as": &overrides.AuthInfo.Impersonate, "as-uid": &overrides.AuthInfo.ImpersonateUID,
 	} {
 		if f := cmd.Flags().Lookup(name); f != nil {
 			*target = f.Value.String()
 		}
+	}
+	if groups, err := cmd.Flags().GetStringArray("as-group"); err == nil {
+		overrides.AuthInfo.ImpersonateGroups = groups
 	}
 	return clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, overrides).ClientConfig()
 }

@@ -70,6 +70,7 @@ func ownCommands(streams genericiooptions.IOStreams) []*cobra.Command {
 		newAgentCommand(streams),
 		newTokenCommand(streams),
 		newStatusCommand(streams),
+		newFlowsCommand(streams),
 		newCheckCommand(streams),
 		newResetCommand(streams),
 		newVersionCommand(streams),

@@ -66,6 +66,7 @@ type Config struct {
 	// Authorize decides about everybody else (a SubjectAccessReview on nodes/SUBRESOURCE); nil: refused.
 	Authorize func(ctx context.Context, user string, groups []string, verb, subresource string) (bool, error)
 	Gatherer  prometheus.Gatherer   // what /metrics shows; nil: nothing
+	Network   http.Handler          // what /net/ shows of the data plane; nil: nothing
 	Metrics   prometheus.Registerer // may be nil
 	Log       *slog.Logger
 }
@@ -152,6 +153,7 @@ func (s *Server) Handler() http.Handler {
 		{"GET /stats/summary", "stats", s.summary},
 		{"GET /metrics", "metrics", s.metrics},
 		{"GET /metrics/resource", "metrics", s.resourceMetrics},
+		{"GET /net/", "proxy", s.network},
 	} {
 		mux.Handle(route.pattern, s.count(route.pattern, s.guard(route.subresource, route.serve)))
 	}
@@ -168,6 +170,14 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	promhttp.HandlerFor(s.cfg.Gatherer, promhttp.HandlerOpts{}).ServeHTTP(w, r)
+}
+
+func (s *Server) network(w http.ResponseWriter, r *http.Request) {
+	if s.cfg.Network == nil {
+		http.NotFound(w, r)
+		return
+	}
+	s.cfg.Network.ServeHTTP(w, r)
 }
 
 func (s *Server) pods(w http.ResponseWriter, _ *http.Request) {

@@ -154,7 +154,7 @@ func ensureRBAC(ctx context.Context, client kubernetes.Interface) error {
 		})
 	}
 
-	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), []rbacv1.ClusterRole{nodeNetworkRole}, joinRoles) {
+	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), []rbacv1.ClusterRole{nodeNetworkRole, metricsReader}, joinRoles) {
 		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.ClusterRoleRuleOwner{ClusterRole: &r}, Client: clusterRoles})
 	}
 	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), []rbacv1.ClusterRoleBinding{nodeNetworkBinding}, joinBindings) {

@@ -4,6 +4,7 @@ package apiserver
 
 import (
 	"fmt"
+	"log/slog"
 
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/apiserver/pkg/util/webhook"
@@ -15,7 +16,7 @@ import (
 
 // buildChain makes the three servers. A request passes the aggregator, then the built-in groups,
 // then custom resources, then not-found; the first that knows the path answers.
-func buildChain(o options.CompletedOptions, g generic) (*aggregatorapiserver.APIAggregator, error) {
+func buildChain(o options.CompletedOptions, g generic, log *slog.Logger) (*aggregatorapiserver.APIAggregator, error) {
 	kube, resolver, admission, err := app.CreateKubeAPIServerConfig(o, g.config, g.informers, g.storage)
 	if err != nil {
 		return nil, fmt.Errorf("built-in groups: %w", err)
@@ -46,6 +47,9 @@ func buildChain(o options.CompletedOptions, g generic) (*aggregatorapiserver.API
 	builtin, ok := aggregator.GenericAPIServer.NextDelegate().(*genericapiserver.GenericAPIServer)
 	if !ok {
 		return nil, fmt.Errorf("built-in groups are served by %T", aggregator.GenericAPIServer.NextDelegate())
+	}
+	if err := installMetrics(builtin, aggregator.GenericAPIServer, log); err != nil {
+		return nil, err
 	}
 	services, mux := builtin.Handler.GoRestfulContainer.RegisteredWebServices(), builtin.Handler.NonGoRestfulMux
 	installOpenAPIV2(services, openAPI, mux)

@@ -17,6 +17,7 @@
 //	 │   hooks that fill an empty cluster          │            [bootstrap.go]
 //	 └ the chain, each server the delegate of the one before    [chain.go]
 //	     aggregator ─► built-in groups ─► custom resources ─► 404
+//	                   ├ metrics.k8s.io: asks nodes           [metrics.go, metricsapi/]
 //	                   └ OpenAPI v2 and v3, made on demand      [openapi.go]
 //	Run
 //	 ├ routes and health checks are fixed, then the transport gets its handler:

@@ -92,7 +92,7 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 		return err
 	}
 	s.openAPI = g.config.OpenAPIV3Config
-	s.aggregator, err = buildChain(o, g)
+	s.aggregator, err = buildChain(o, g, s.cfg.Log)
 	return err
 }
 

@@ -59,11 +59,11 @@ func testDiscovery(t *testing.T, s *testServer) {
 		t.Errorf("version says %q", out)
 	}
 	out := s.mustKubectl(t, "", "api-versions")
-	// What upstream enables by default, and nothing else.
+	// What upstream enables by default, and metrics; nothing else.
 	want := `admissionregistration.k8s.io/v1 apiextensions.k8s.io/v1 apiregistration.k8s.io/v1 apps/v1
 		authentication.k8s.io/v1 authorization.k8s.io/v1 autoscaling/v1 autoscaling/v2 batch/v1
 		certificates.k8s.io/v1 coordination.k8s.io/v1 discovery.k8s.io/v1 events.k8s.io/v1
-		flowcontrol.apiserver.k8s.io/v1 networking.k8s.io/v1 node.k8s.io/v1 policy/v1
+		flowcontrol.apiserver.k8s.io/v1 metrics.k8s.io/v1beta1 networking.k8s.io/v1 node.k8s.io/v1 policy/v1
 		rbac.authorization.k8s.io/v1 resource.k8s.io/v1 scheduling.k8s.io/v1 storage.k8s.io/v1 v1`
 	var builtin []string
 	for _, gv := range strings.Fields(out) {

@@ -26,6 +26,7 @@ enum counter {
 	COUNT_EVENTS,		  /* told to whoever follows flows */
 	COUNT_EVENTS_SUPPRESSED,  /* over their budget */
 	COUNT_EVENTS_LOST,	  /* without room in the ring */
+	COUNT_DROP_SOURCE_RANGE,  /* the client is in none of the service's source ranges */
 	COUNT_MAX,
 };
 

@@ -30,6 +30,20 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } node_addresses SEC(".maps");
 
+/* The addresses of whoever is in a network namespace, by its cookie: the pods, and the node itself. */
+struct client {
+	struct address v4, v6;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, __u64);
+	__type(value, struct client);
+	__uint(max_entries, 4096);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} clients SEC(".maps");
+
 /* Source addresses that the node lends to translated packets, by family. */
 struct node {
 	struct address address_v4; /* the node's */

@@ -18,6 +18,7 @@ import (
 const (
 	HostMapAffinity            = "affinity"
 	HostMapBackends            = "backends"
+	HostMapClients             = "clients"
 	HostMapConntrackTcp        = "conntrack_tcp"
 	HostMapConntrackUdp        = "conntrack_udp"
 	HostMapCounters            = "counters"
@@ -29,6 +30,7 @@ const (
 	HostMapJudgements          = "judgements"
 	HostMapNode                = "node"
 	HostMapNodeAddresses       = "node_addresses"
+	HostMapNodePorts           = "node_ports"
 	HostMapPolicy              = "policy"
 	HostMapPolicyDrops         = "policy_drops"
 	HostMapPolicySlots         = "policy_slots"
@@ -37,12 +39,11 @@ const (
 	HostMapServices            = "services"
 	HostMapSlots               = "slots"
 	HostMapSocketPeers         = "socket_peers"
+	HostMapSourceRanges        = "source_ranges"
 	HostProgForgetFlow         = "forget_flow"
 	HostProgFromOutside        = "from_outside"
 	HostProgToOutside          = "to_outside"
 	HostVarDropEventsPerSecond = "drop_events_per_second"
-	HostVarNodePortMax         = "node_port_max"
-	HostVarNodePortMin         = "node_port_min"
 	HostVarOpenEventsPerSecond = "open_events_per_second"
 )
 
@@ -99,6 +100,7 @@ type HostProgramSpecs struct {
 type HostMapSpecs struct {
 	Affinity      *ebpf.MapSpec `ebpf:"affinity"`
 	Backends      *ebpf.MapSpec `ebpf:"backends"`
+	Clients       *ebpf.MapSpec `ebpf:"clients"`
 	ConntrackTcp  *ebpf.MapSpec `ebpf:"conntrack_tcp"`
 	ConntrackUdp  *ebpf.MapSpec `ebpf:"conntrack_udp"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
@@ -110,6 +112,7 @@ type HostMapSpecs struct {
 	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	NodePorts     *ebpf.MapSpec `ebpf:"node_ports"`
 	Policy        *ebpf.MapSpec `ebpf:"policy"`
 	PolicyDrops   *ebpf.MapSpec `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.MapSpec `ebpf:"policy_slots"`
@@ -118,6 +121,7 @@ type HostMapSpecs struct {
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
+	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // HostVariableSpecs contains global variables before they are loaded into the kernel.
@@ -125,8 +129,6 @@ type HostMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostVariableSpecs struct {
 	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
-	NodePortMax         *ebpf.VariableSpec `ebpf:"node_port_max"`
-	NodePortMin         *ebpf.VariableSpec `ebpf:"node_port_min"`
 	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
@@ -152,6 +154,7 @@ func (o *HostObjects) Close() error {
 type HostMaps struct {
 	Affinity      *ebpf.Map `ebpf:"affinity"`
 	Backends      *ebpf.Map `ebpf:"backends"`
+	Clients       *ebpf.Map `ebpf:"clients"`
 	ConntrackTcp  *ebpf.Map `ebpf:"conntrack_tcp"`
 	ConntrackUdp  *ebpf.Map `ebpf:"conntrack_udp"`
 	Counters      *ebpf.Map `ebpf:"counters"`
@@ -163,6 +166,7 @@ type HostMaps struct {
 	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	NodePorts     *ebpf.Map `ebpf:"node_ports"`
 	Policy        *ebpf.Map `ebpf:"policy"`
 	PolicyDrops   *ebpf.Map `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.Map `ebpf:"policy_slots"`
@@ -171,12 +175,14 @@ type HostMaps struct {
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
+	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *HostMaps) Close() error {
 	return _HostClose(
 		m.Affinity,
 		m.Backends,
+		m.Clients,
 		m.ConntrackTcp,
 		m.ConntrackUdp,
 		m.Counters,
@@ -188,6 +194,7 @@ func (m *HostMaps) Close() error {
 		m.Judgements,
 		m.Node,
 		m.NodeAddresses,
+		m.NodePorts,
 		m.Policy,
 		m.PolicyDrops,
 		m.PolicySlots,
@@ -196,6 +203,7 @@ func (m *HostMaps) Close() error {
 		m.Services,
 		m.Slots,
 		m.SocketPeers,
+		m.SourceRanges,
 	)
 }
 
@@ -204,8 +212,6 @@ func (m *HostMaps) Close() error {
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostVariables struct {
 	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
-	NodePortMax         *ebpf.Variable `ebpf:"node_port_max"`
-	NodePortMin         *ebpf.Variable `ebpf:"node_port_min"`
 	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 

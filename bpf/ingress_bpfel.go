@@ -16,6 +16,7 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	IngressMapClients       = "clients"
 	IngressMapCounters      = "counters"
 	IngressMapEndpoints     = "endpoints"
 	IngressMapListeners     = "listeners"
@@ -74,6 +75,7 @@ type IngressProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type IngressMapSpecs struct {
+	Clients       *ebpf.MapSpec `ebpf:"clients"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
@@ -108,6 +110,7 @@ func (o *IngressObjects) Close() error {
 //
 // It can be passed to LoadIngressObjects or ebpf.CollectionSpec.LoadAndAssign.
 type IngressMaps struct {
+	Clients       *ebpf.Map `ebpf:"clients"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	Listeners     *ebpf.Map `ebpf:"listeners"`
@@ -118,6 +121,7 @@ type IngressMaps struct {
 
 func (m *IngressMaps) Close() error {
 	return _IngressClose(
+		m.Clients,
 		m.Counters,
 		m.Endpoints,
 		m.Listeners,

@@ -70,6 +70,7 @@ enum { BPF_RB_AVAIL_DATA = 0 };
 #define IPPROTO_ICMPV6	 58
 #define IPPROTO_SCTP	 132
 #define IPPROTO_MPTCP	 262 /* on the wire it is TCP */
+#define EPERM		 1
 #define ECONNREFUSED	 111
 #define EHOSTUNREACH	 113
 #define EEXIST		 17

@@ -35,7 +35,7 @@ static __always_inline bool find_frontend(const struct packet *p, __u8 scope, st
 	key.addr = p->tuple.daddr;
 	if (service_find(&key, svc))
 		return true;
-	if (!in_node_port_range(key.port) || !bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
+	if (!is_node_port(key.port) || !bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
 		return false;
 	address_wildcard(&key.addr, &p->tuple.daddr);
 	return service_find(&key, svc);
@@ -83,6 +83,8 @@ __global int nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
 	reply = &j->reply;
 	if (!find_frontend(p, scope, &svc))
 		return NAT_NONE;
+	if (!service_admits(&svc, &p->tuple.saddr))
+		return nat_drop(COUNT_DROP_SOURCE_RANGE, j);
 	client.client = p->tuple.saddr;
 	client.service = svc.id;
 	b = backend_select(&svc, &client, &id);

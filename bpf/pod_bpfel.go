@@ -18,6 +18,7 @@ import (
 const (
 	PodMapAffinity            = "affinity"
 	PodMapBackends            = "backends"
+	PodMapClients             = "clients"
 	PodMapConntrackTcp        = "conntrack_tcp"
 	PodMapConntrackUdp        = "conntrack_udp"
 	PodMapCounters            = "counters"
@@ -30,6 +31,7 @@ const (
 	PodMapJudgements          = "judgements"
 	PodMapNode                = "node"
 	PodMapNodeAddresses       = "node_addresses"
+	PodMapNodePorts           = "node_ports"
 	PodMapPolicy              = "policy"
 	PodMapPolicyDrops         = "policy_drops"
 	PodMapPolicySlots         = "policy_slots"
@@ -38,11 +40,10 @@ const (
 	PodMapServices            = "services"
 	PodMapSlots               = "slots"
 	PodMapSocketPeers         = "socket_peers"
+	PodMapSourceRanges        = "source_ranges"
 	PodProgFromPod            = "from_pod"
 	PodProgToPod              = "to_pod"
 	PodVarDropEventsPerSecond = "drop_events_per_second"
-	PodVarNodePortMax         = "node_port_max"
-	PodVarNodePortMin         = "node_port_min"
 	PodVarOpenEventsPerSecond = "open_events_per_second"
 )
 
@@ -98,6 +99,7 @@ type PodProgramSpecs struct {
 type PodMapSpecs struct {
 	Affinity      *ebpf.MapSpec `ebpf:"affinity"`
 	Backends      *ebpf.MapSpec `ebpf:"backends"`
+	Clients       *ebpf.MapSpec `ebpf:"clients"`
 	ConntrackTcp  *ebpf.MapSpec `ebpf:"conntrack_tcp"`
 	ConntrackUdp  *ebpf.MapSpec `ebpf:"conntrack_udp"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
@@ -110,6 +112,7 @@ type PodMapSpecs struct {
 	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	NodePorts     *ebpf.MapSpec `ebpf:"node_ports"`
 	Policy        *ebpf.MapSpec `ebpf:"policy"`
 	PolicyDrops   *ebpf.MapSpec `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.MapSpec `ebpf:"policy_slots"`
@@ -118,6 +121,7 @@ type PodMapSpecs struct {
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
+	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // PodVariableSpecs contains global variables before they are loaded into the kernel.
@@ -125,8 +129,6 @@ type PodMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type PodVariableSpecs struct {
 	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
-	NodePortMax         *ebpf.VariableSpec `ebpf:"node_port_max"`
-	NodePortMin         *ebpf.VariableSpec `ebpf:"node_port_min"`
 	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
@@ -152,6 +154,7 @@ func (o *PodObjects) Close() error {
 type PodMaps struct {
 	Affinity      *ebpf.Map `ebpf:"affinity"`
 	Backends      *ebpf.Map `ebpf:"backends"`
+	Clients       *ebpf.Map `ebpf:"clients"`
 	ConntrackTcp  *ebpf.Map `ebpf:"conntrack_tcp"`
 	ConntrackUdp  *ebpf.Map `ebpf:"conntrack_udp"`
 	Counters      *ebpf.Map `ebpf:"counters"`
@@ -164,6 +167,7 @@ type PodMaps struct {
 	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	NodePorts     *ebpf.Map `ebpf:"node_ports"`
 	Policy        *ebpf.Map `ebpf:"policy"`
 	PolicyDrops   *ebpf.Map `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.Map `ebpf:"policy_slots"`
@@ -172,12 +176,14 @@ type PodMaps struct {
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
+	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *PodMaps) Close() error {
 	return _PodClose(
 		m.Affinity,
 		m.Backends,
+		m.Clients,
 		m.ConntrackTcp,
 		m.ConntrackUdp,
 		m.Counters,
@@ -190,6 +196,7 @@ func (m *PodMaps) Close() error {
 		m.Judgements,
 		m.Node,
 		m.NodeAddresses,
+		m.NodePorts,
 		m.Policy,
 		m.PolicyDrops,
 		m.PolicySlots,
@@ -198,6 +205,7 @@ func (m *PodMaps) Close() error {
 		m.Services,
 		m.Slots,
 		m.SocketPeers,
+		m.SourceRanges,
 	)
 }
 
@@ -206,8 +214,6 @@ func (m *PodMaps) Close() error {
 // It can be passed to LoadPodObjects or ebpf.CollectionSpec.LoadAndAssign.
 type PodVariables struct {
 	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
-	NodePortMax         *ebpf.Variable `ebpf:"node_port_max"`
-	NodePortMin         *ebpf.Variable `ebpf:"node_port_min"`
 	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 

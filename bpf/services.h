@@ -25,6 +25,7 @@ struct service_key {
 enum service_flags {
 	SERVICE_AFFINITY = 1 << 0, /* session affinity ClientIP */
 	SERVICE_LOCAL = 1 << 1,	   /* traffic policy Local: only backends of this node */
+	SERVICE_RANGES = 1 << 2,   /* only for clients in the set's source ranges */
 };
 
 /*
@@ -59,12 +60,22 @@ enum backend_state {
 	BACKEND_RETIRED = 1, /* keeps what it has, gets nothing new */
 };
 
-/* Who a client is, for session affinity: its network namespace if it is here, else its address. */
+/* Who a client is: its address, or the cookie of a network namespace that nobody knows. */
 struct affinity_key {
 	struct address client;
 	__u32 service;
 	__u32 by_netns;
 };
+
+/* Clients that a generation of a backend set is for. */
+struct source_range_key {
+	__u32 bits; /* of all that follows, so 160 more than IPv4 counts */
+	__u32 service;
+	__u32 generation;
+	struct address addr;
+};
+
+#define SOURCE_RANGE_BITS 192
 
 struct affinity {
 	__u64 last_used; /* ns, coarse monotonic */
@@ -107,15 +118,33 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } affinity SEC(".maps");
 
-/* Bounds of the NodePort range, host byte order; set when the program is loaded. */
-const volatile __u16 node_port_min = 30000;
-const volatile __u16 node_port_max = 32767;
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__type(key, struct source_range_key);
+	__type(value, __u32);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} source_ranges SEC(".maps");
 
-static __always_inline bool in_node_port_range(__be16 port)
+/* A bit for each port (host byte order) that some frontend has on the node's addresses: what goes to
+ * any other of the node's ports costs no second look-up. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__type(key, __u32);
+	__type(value, __u64);
+	__uint(max_entries, 1024);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} node_ports SEC(".maps");
+
+/* Whether a frontend may be stored under the unspecified address and this port. */
+static __always_inline bool is_node_port(__be16 port)
 {
 	__u16 p = bpf_ntohs(port);
+	__u32 word = p >> 6;
+	__u64 *bits = bpf_map_lookup_elem(&node_ports, &word);
 
-	return p >= node_port_min && p <= node_port_max;
+	return bits && READ_ONCE(*bits) & 1ULL << (p & 63);
 }
 
 static __always_inline bool service_key_equal(const struct service_key *a,
@@ -154,6 +183,19 @@ static __always_inline bool service_find(const struct service_key *key, struct s
 static __always_inline __u32 service_count(const struct service *s)
 {
 	return s->generation >> 32;
+}
+
+/* Whether a client may use the frontend that s was found under. */
+static __always_inline bool service_admits(const struct service *s, const struct address *client)
+{
+	struct source_range_key key = {
+	    .bits = SOURCE_RANGE_BITS,
+	    .service = s->id,
+	    .generation = (__u32)s->generation,
+	    .addr = *client,
+	};
+
+	return !(s->flags & SERVICE_RANGES) || bpf_map_lookup_elem(&source_ranges, &key);
 }
 
 /* The backend with this id if it still is one of the service's. */

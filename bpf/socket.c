@@ -28,9 +28,11 @@ static __always_inline bool find(struct bpf_sock_addr *ctx, const struct address
 
 	if (ctx->protocol == IPPROTO_UDP)
 		key.proto = IPPROTO_UDP;
-	if (service_find(&key, svc))
-		return true;
-	if (!in_node_port_range(port) || !is_node_address(ctx, addr))
+	if (service_find(&key, svc)) {
+		/* A host port on the node's loopback address is not one on a pod's. */
+		return !address_is_loopback(addr) || is_node_address(ctx, addr);
+	}
+	if (!is_node_port(port) || !is_node_address(ctx, addr))
 		return false;
 	address_wildcard(&key.addr, addr);
 	return service_find(&key, svc);
@@ -74,21 +76,50 @@ static __always_inline void remember(struct peers *peers, const struct service *
 	p->service = svc->id;
 }
 
-enum verdict { UNTOUCHED, TRANSLATED, REFUSED, DEAD };
+/*
+ * Who asks, as the packets' source address would say. What is in a namespace that skep does not know
+ * is told apart by the namespace, and false is returned.
+ */
+static __always_inline bool client_of(struct bpf_sock_addr *ctx, const struct address *to,
+				      struct affinity_key *client)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	const struct client *c = bpf_map_lookup_elem(&clients, &cookie);
+
+	if (c) {
+		client->client = address_is_v4(to) ? c->v4 : c->v6;
+		return true;
+	}
+	client->client.w[0] = cookie;
+	client->client.w[1] = cookie >> 32;
+	client->by_netns = 1;
+	return false;
+}
+
+enum verdict { UNTOUCHED, TRANSLATED, REFUSED, FORBIDDEN, DEAD };
 
 /* Replaces addr and port, a frontend, by a backend's; or says which service refuses. */
 static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct address *addr,
 					      __be16 *port, __u32 *service)
 {
-	struct affinity_key client = {.by_netns = 1};
+	struct affinity_key client = {};
 	const struct backend *b = 0;
 	struct peers *peers;
 	struct service svc;
-	__u64 cookie;
 	__u32 id = 0;
+	bool known;
 
 	if (!find(ctx, addr, *port, &svc))
 		return address_is_dead(addr) ? DEAD : UNTOUCHED;
+	if (unlikely(svc.flags & (SERVICE_AFFINITY | SERVICE_RANGES))) {
+		client.service = svc.id;
+		known = client_of(ctx, addr, &client);
+		if (svc.flags & SERVICE_RANGES &&
+		    !(known && service_admits(&svc, &client.client))) {
+			*service = svc.id;
+			return FORBIDDEN;
+		}
+	}
 	peers = bpf_sk_storage_get(&socket_peers, ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (ctx->protocol == IPPROTO_UDP && peers) {
 		b = sticky(peers, &svc, addr, *port);
@@ -97,12 +128,6 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct 
 			*port = b->port;
 			return TRANSLATED;
 		}
-	}
-	if (svc.flags & SERVICE_AFFINITY) {
-		cookie = bpf_get_netns_cookie(ctx);
-		client.client.w[0] = cookie;
-		client.client.w[1] = cookie >> 32;
-		client.service = svc.id;
 	}
 	b = backend_select(&svc, &client, &id);
 	if (!b) {
@@ -212,6 +237,12 @@ static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool m
 		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
 		report_refused(ctx, &addr, port, EVENT_NO_BACKEND, service);
 		bpf_set_retval(-ECONNREFUSED);
+		return 0;
+	case FORBIDDEN:
+		/* What a sender gets when netfilter drops its packet. */
+		count(COUNT_DROP_SOURCE_RANGE);
+		report_refused(ctx, &addr, port, COUNT_DROP_SOURCE_RANGE, service);
+		bpf_set_retval(-EPERM);
 		return 0;
 	case TRANSLATED:
 		break;

@@ -18,6 +18,7 @@ import (
 const (
 	SocketMapAffinity            = "affinity"
 	SocketMapBackends            = "backends"
+	SocketMapClients             = "clients"
 	SocketMapCounters            = "counters"
 	SocketMapEndpoints           = "endpoints"
 	SocketMapEventBudgets        = "event_budgets"
@@ -25,10 +26,12 @@ const (
 	SocketMapFlowFollowers       = "flow_followers"
 	SocketMapNode                = "node"
 	SocketMapNodeAddresses       = "node_addresses"
+	SocketMapNodePorts           = "node_ports"
 	SocketMapRanges              = "ranges"
 	SocketMapServices            = "services"
 	SocketMapSlots               = "slots"
 	SocketMapSocketPeers         = "socket_peers"
+	SocketMapSourceRanges        = "source_ranges"
 	SocketProgConnect4           = "connect4"
 	SocketProgConnect6           = "connect6"
 	SocketProgGetpeername4       = "getpeername4"
@@ -39,8 +42,6 @@ const (
 	SocketProgSendmsg6           = "sendmsg6"
 	SocketVarDropEventsPerSecond = "drop_events_per_second"
 	SocketVarNodeNetnsCookie     = "node_netns_cookie"
-	SocketVarNodePortMax         = "node_port_max"
-	SocketVarNodePortMin         = "node_port_min"
 	SocketVarOpenEventsPerSecond = "open_events_per_second"
 )
 
@@ -102,6 +103,7 @@ type SocketProgramSpecs struct {
 type SocketMapSpecs struct {
 	Affinity      *ebpf.MapSpec `ebpf:"affinity"`
 	Backends      *ebpf.MapSpec `ebpf:"backends"`
+	Clients       *ebpf.MapSpec `ebpf:"clients"`
 	Counters      *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints     *ebpf.MapSpec `ebpf:"endpoints"`
 	EventBudgets  *ebpf.MapSpec `ebpf:"event_budgets"`
@@ -109,10 +111,12 @@ type SocketMapSpecs struct {
 	FlowFollowers *ebpf.MapSpec `ebpf:"flow_followers"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
 	NodeAddresses *ebpf.MapSpec `ebpf:"node_addresses"`
+	NodePorts     *ebpf.MapSpec `ebpf:"node_ports"`
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
+	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
 }
 
 // SocketVariableSpecs contains global variables before they are loaded into the kernel.
@@ -121,8 +125,6 @@ type SocketMapSpecs struct {
 type SocketVariableSpecs struct {
 	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
 	NodeNetnsCookie     *ebpf.VariableSpec `ebpf:"node_netns_cookie"`
-	NodePortMax         *ebpf.VariableSpec `ebpf:"node_port_max"`
-	NodePortMin         *ebpf.VariableSpec `ebpf:"node_port_min"`
 	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
@@ -148,6 +150,7 @@ func (o *SocketObjects) Close() error {
 type SocketMaps struct {
 	Affinity      *ebpf.Map `ebpf:"affinity"`
 	Backends      *ebpf.Map `ebpf:"backends"`
+	Clients       *ebpf.Map `ebpf:"clients"`
 	Counters      *ebpf.Map `ebpf:"counters"`
 	Endpoints     *ebpf.Map `ebpf:"endpoints"`
 	EventBudgets  *ebpf.Map `ebpf:"event_budgets"`
@@ -155,16 +158,19 @@ type SocketMaps struct {
 	FlowFollowers *ebpf.Map `ebpf:"flow_followers"`
 	Node          *ebpf.Map `ebpf:"node"`
 	NodeAddresses *ebpf.Map `ebpf:"node_addresses"`
+	NodePorts     *ebpf.Map `ebpf:"node_ports"`
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
+	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
 }
 
 func (m *SocketMaps) Close() error {
 	return _SocketClose(
 		m.Affinity,
 		m.Backends,
+		m.Clients,
 		m.Counters,
 		m.Endpoints,
 		m.EventBudgets,
@@ -172,10 +178,12 @@ func (m *SocketMaps) Close() error {
 		m.FlowFollowers,
 		m.Node,
 		m.NodeAddresses,
+		m.NodePorts,
 		m.Ranges,
 		m.Services,
 		m.Slots,
 		m.SocketPeers,
+		m.SourceRanges,
 	)
 }
 
@@ -185,8 +193,6 @@ func (m *SocketMaps) Close() error {
 type SocketVariables struct {
 	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
 	NodeNetnsCookie     *ebpf.Variable `ebpf:"node_netns_cookie"`
-	NodePortMax         *ebpf.Variable `ebpf:"node_port_max"`
-	NodePortMin         *ebpf.Variable `ebpf:"node_port_min"`
 	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 

@@ -29,16 +29,12 @@ import (
 	"skep.io/skep/dataplane/services"
 )
 
-// PortRange is inclusive.
-type PortRange struct{ First, Last uint16 }
-
 // Config of a node's data plane.
 type Config struct {
 	NodeName                   string
 	NodeIPs                    []netip.Addr // the first of each family is lent to translated packets
 	ClusterCIDRs, ServiceCIDRs []netip.Prefix
 	ClusterDNS                 []netip.Addr // on skep0, answered by this node
-	NodePortRange              PortRange    // default 30000-32767
 	CgroupPath                 string       // a cgroup2 directory; processes below it get socket translation
 	BPFDir                     string       // default api.BPFDir
 	Informers                  informers.SharedInformerFactory
@@ -70,18 +66,13 @@ const keptFlows = 4096
 // New loads the programs, or puts them in place of those that an earlier process left, and attaches
 // them. The informers must be started after it.
 func New(ctx context.Context, cfg Config) (*Dataplane, error) {
-	if cfg.NodePortRange == (PortRange{}) {
-		cfg.NodePortRange = PortRange{30000, 32767}
-	}
 	if cfg.BPFDir == "" {
 		cfg.BPFDir = api.BPFDir
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	l, err := loader.Load(loader.Config{
-		Dir: cfg.BPFDir, NodePortMin: cfg.NodePortRange.First, NodePortMax: cfg.NodePortRange.Last, Log: cfg.Log,
-	})
+	l, err := loader.Load(loader.Config{Dir: cfg.BPFDir, Log: cfg.Log})
 	if err != nil {
 		return nil, fmt.Errorf("data plane: %w", err)
 	}
@@ -100,7 +91,7 @@ func (d *Dataplane) start(ctx context.Context) error {
 	var err error
 	d.services, err = services.NewController(services.Config{
 		NodeName: d.cfg.NodeName, Informers: d.cfg.Informers, Store: d.maps, Capacity: d.maps.Capacity(),
-		Log: d.cfg.Log, Metrics: d.cfg.Metrics,
+		Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
 	})
 	if err != nil {
 		return err

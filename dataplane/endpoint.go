@@ -26,8 +26,10 @@ type Endpoint struct {
 	PodMAC    net.HardwareAddr // of the pod's end
 	HostMAC   net.HardwareAddr // of the node's end
 	// NetnsCookie is the kernel's name for the pod's network namespace; 0 if unknown. It tells whose socket
-	// was refused.
+	// asks, for session affinity and source ranges, and whose was refused.
 	NetnsCookie uint64
+	// NetNS is the path of the pod's network namespace.
+	NetNS string
 }
 
 func (e Endpoint) local() policy.Local {
@@ -93,7 +95,13 @@ func (d *Dataplane) AttachEndpoint(_ context.Context, e Endpoint) error {
 		}
 	}
 	d.names.add(e)
-	if err := d.loader.AttachPod(e.Ifindex); err != nil {
+	if e.NetnsCookie != 0 {
+		err = d.maps.SetClient(e.NetnsCookie, maps.ClientOf(e.Addrs))
+	}
+	if err == nil {
+		err = d.loader.AttachPod(e.Ifindex)
+	}
+	if err != nil {
 		return fmt.Errorf("pod %s/%s: %w", e.Namespace, e.Name, err)
 	}
 	return nil
@@ -106,6 +114,9 @@ func (d *Dataplane) DetachEndpoint(_ context.Context, e Endpoint) error {
 	var errs []error
 	for _, a := range e.Addrs {
 		errs = append(errs, d.maps.DeleteEndpoint(a.Unmap(), uint32(e.Ifindex)))
+	}
+	if e.NetnsCookie != 0 {
+		errs = append(errs, d.maps.DeleteClient(e.NetnsCookie))
 	}
 	if e.Ifindex > 0 {
 		errs = append(errs, d.loader.DetachPod(e.Ifindex))
@@ -153,6 +164,7 @@ func (d *Dataplane) PruneEndpoints(ctx context.Context, keep []Endpoint) error {
 			d.policies.Release(slot)
 		}
 	}
+	errs = append(errs, d.pruneClients(keep))
 	attached, err := d.loader.Pods()
 	if err != nil {
 		return err
@@ -161,6 +173,23 @@ func (d *Dataplane) PruneEndpoints(ctx context.Context, keep []Endpoint) error {
 		if !indexes[index] {
 			errs = append(errs, d.loader.DetachPod(index))
 		}
+	}
+	return errors.Join(errs...)
+}
+
+// pruneClients forgets the network namespaces of all pods but those to keep.
+func (d *Dataplane) pruneClients(keep []Endpoint) error {
+	known, err := d.maps.Clients()
+	if err != nil {
+		return err
+	}
+	delete(known, d.loader.NetnsCookie())
+	for _, e := range keep {
+		delete(known, e.NetnsCookie)
+	}
+	var errs []error
+	for cookie := range known {
+		errs = append(errs, d.maps.DeleteClient(cookie))
 	}
 	return errors.Join(errs...)
 }

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"skep.io/skep/dataplane/flows"
-	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/dataplane/maps"
 )
 
@@ -38,22 +37,10 @@ func (n *testNode) seen(what string, match func(flows.Flow) bool) (found flows.F
 	return found
 }
 
-func (n *testNode) cookie(p *testPod) {
-	n.t.Helper()
-	p.ns.do(n.t, func() (err error) {
-		p.NetnsCookie, err = loader.ThisNetnsCookie()
-		return err
-	})
-	if err := n.dp.AttachEndpoint(context.Background(), p.Endpoint); err != nil {
-		n.t.Fatal(err)
-	}
-}
-
 // TestFlows: connections with the service that was asked for, drops with their policies or reasons, refusals.
 func TestFlows(t *testing.T) {
 	n := newNode(t)
 	a, b, c := n.pod("a"), n.pod("b"), n.pod("c")
-	n.cookie(a)
 	for _, p := range []*testPod{a, b, c} {
 		n.announce(p)
 		serve(t, p.ns, p.Name, 8080)

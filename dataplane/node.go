@@ -43,6 +43,9 @@ func (d *Dataplane) syncNodeLocked() error {
 	if err := d.maps.SetNode(node(d.cfg.NodeIPs, d.podCIDRs)); err != nil {
 		return err
 	}
+	if err := d.maps.SetClient(d.loader.NetnsCookie(), maps.ClientOf(d.cfg.NodeIPs)); err != nil {
+		return err
+	}
 	if err := d.maps.SetRanges(ranges(d.cfg, d.podCIDRs)); err != nil {
 		return err
 	}

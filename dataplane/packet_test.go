@@ -45,7 +45,7 @@ var (
 func newRig(t testing.TB) *rig {
 	t.Helper()
 	dir := filepath.Join("/sys/fs/bpf", fmt.Sprintf("rig-%d", time.Now().UnixNano()))
-	l, err := loader.Load(loader.Config{Dir: dir, NodePortMin: 30000, NodePortMax: 32767, Log: slog.New(slog.DiscardHandler)})
+	l, err := loader.Load(loader.Config{Dir: dir, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,6 +29,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
+
+	"skep.io/skep/dataplane/loader"
 )
 
 var (
@@ -228,6 +230,7 @@ func (n *testNode) pod(name string) *testPod {
 			return err
 		}
 		p.Ifindex, p.HostMAC = l.Attrs().Index, l.Attrs().HardwareAddr
+		p.NetNS = fmt.Sprintf("/proc/self/fd/%d", p.ns)
 		return nil
 	})
 	n.t.Cleanup(func() {
@@ -245,6 +248,9 @@ func (n *testNode) pod(name string) *testPod {
 			return err
 		}
 		p.PodMAC = l.Attrs().HardwareAddr
+		if p.NetnsCookie, err = loader.ThisNetnsCookie(); err != nil {
+			return err
+		}
 		for gateway, any := range map[string]string{"169.254.1.1": "0.0.0.0/0", "fe80::1": "::/0"} {
 			ip := net.ParseIP(gateway)
 			neigh := &netlink.Neigh{LinkIndex: l.Attrs().Index, IP: ip, HardwareAddr: p.HostMAC, State: netlink.NUD_PERMANENT}
@@ -466,4 +472,14 @@ func (n *testNode) endpoints(name string, pods ...*testPod) {
 			n.t.Fatal(err)
 		}
 	}
+}
+
+// routeVia sends what is for an address through a gateway.
+func routeVia(device string, to, gateway netip.Addr) error {
+	l, err := netlink.LinkByName(device)
+	if err != nil {
+		return err
+	}
+	dst := &net.IPNet{IP: to.AsSlice(), Mask: net.CIDRMask(to.BitLen(), to.BitLen())}
+	return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: dst, Gw: gateway.AsSlice()})
 }

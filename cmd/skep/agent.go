@@ -62,10 +62,6 @@ func (a *agent) start(ctx context.Context) error {
 	a.dataplane, err = dataplane.New(ctx, dataplane.Config{
 		NodeName: a.nodeName, NodeIPs: a.nodeIPs,
 		ClusterCIDRs: a.cluster.clusterCIDRs, ServiceCIDRs: a.cluster.serviceCIDRs, ClusterDNS: a.cluster.clusterDNS,
-		NodePortRange: dataplane.PortRange{
-			First: uint16(a.cluster.nodePortRange.Base),
-			Last:  uint16(a.cluster.nodePortRange.Base + a.cluster.nodePortRange.Size - 1),
-		},
 		CgroupPath: cgroup2, Informers: a.access.informers, Events: a.nodeEvents(ctx), Log: a.log.With("part", "dataplane"), Metrics: a.metrics,
 	})
 	if err != nil {

@@ -93,7 +93,7 @@ func Read(e *maps.FlowEvent, node string, names Names, now Moment) Flow {
 		f.Verdict = Dropped
 		f.Reason, f.Direction = reason(e.Reason)
 	}
-	if e.Reason == maps.EventNoBackend || e.Reason == maps.EventNoAddress {
+	if e.Reason != 0 && e.Netns != 0 { // a socket was told
 		f.Verdict = Refused
 		f.Source = Peer{}
 		if namespace, pod, ok := names.Namespace(e.Netns); ok {

@@ -36,6 +36,7 @@ var Counters = []Counter{
 	{events, eventsHelp, prometheus.Labels{"result": "told"}},
 	{events, eventsHelp, prometheus.Labels{"result": "over-budget"}},
 	{events, eventsHelp, prometheus.Labels{"result": "ring-full"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "source-range"}},
 }
 
 const (

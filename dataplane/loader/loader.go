@@ -28,9 +28,8 @@ import (
 
 // Config says where and how to load.
 type Config struct {
-	Dir                      string // on a BPF file system
-	NodePortMin, NodePortMax uint16
-	Log                      *slog.Logger
+	Dir string // on a BPF file system
+	Log *slog.Logger
 }
 
 // Loader holds the loaded programs. What it attached stays when it is closed.
@@ -108,8 +107,6 @@ func specs(cfg Config) ([]*ebpf.CollectionSpec, error) {
 	}
 	settings := map[string]any{
 		"node_netns_cookie": cookie,
-		"node_port_min":     cfg.NodePortMin,
-		"node_port_max":     cfg.NodePortMax,
 	}
 	var out []*ebpf.CollectionSpec
 	for _, o := range objects {

@@ -35,7 +35,7 @@ func alone(t testing.TB) (dir string) {
 
 func load(t testing.TB, dir string) *Loader {
 	t.Helper()
-	l, err := Load(Config{Dir: dir, NodePortMin: 30000, NodePortMax: 32767, Log: slog.New(slog.DiscardHandler)})
+	l, err := Load(Config{Dir: dir, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -15,7 +16,8 @@ import (
 // table would not see each other.
 type Maps struct {
 	services, slots, backends *ebpf.Map
-	affinity                  *ebpf.Map
+	sourceRanges, nodePorts   *ebpf.Map
+	affinity, clients         *ebpf.Map
 	endpoints, nodeAddresses  *ebpf.Map
 	node, ranges              *ebpf.Map
 	conntrackTCP              *ebpf.Map
@@ -28,16 +30,19 @@ type Maps struct {
 	flowEvents, flowFollowers *ebpf.Map
 
 	fence *ebpf.Map // not pinned, see WaitReaders
+
+	mu     sync.Mutex
+	onNode map[uint16]map[ServiceKey]bool // frontends under unspecified addresses, by port
 }
 
 // Names lists the maps, as the C sources name them.
-var names = []string{"services", "slots", "backends", "affinity", "endpoints", "node_addresses", "node", "ranges",
+var names = []string{"services", "slots", "backends", "source_ranges", "node_ports", "affinity", "clients", "endpoints", "node_addresses", "node", "ranges",
 	"conntrack_tcp", "conntrack_udp", "counters", "listeners", "policy", "identities", "policy_slots", "policy_state", "policy_drops",
 	"flow_events", "flow_followers"}
 
 // New takes handles of its own from maps by name.
 func New(byName map[string]*ebpf.Map) (*Maps, error) {
-	m := &Maps{}
+	m := &Maps{onNode: map[uint16]map[ServiceKey]bool{}}
 	for i, dst := range m.all() {
 		src, ok := byName[names[i]]
 		if !ok {
@@ -62,7 +67,7 @@ func New(byName map[string]*ebpf.Map) (*Maps, error) {
 }
 
 func (m *Maps) all() []**ebpf.Map {
-	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.affinity, &m.endpoints, &m.nodeAddresses,
+	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.sourceRanges, &m.nodePorts, &m.affinity, &m.clients, &m.endpoints, &m.nodeAddresses,
 		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners,
 		&m.policy, &m.identities, &m.policySlots, &m.policyState, &m.policyDrops,
 		&m.flowEvents, &m.flowFollowers}
@@ -138,6 +143,31 @@ func (m *Maps) Endpoints() (map[netip.Addr]Endpoint, error) {
 		out[k.Addr()] = v
 	}
 	return out, nil
+}
+
+// SetClient says who is in a network namespace.
+func (m *Maps) SetClient(cookie uint64, c Client) error {
+	if err := m.clients.Put(&cookie, &c); err != nil {
+		return fmt.Errorf("network namespace %d: %w", cookie, err)
+	}
+	return nil
+}
+
+// DeleteClient forgets a network namespace.
+func (m *Maps) DeleteClient(cookie uint64) error {
+	if err := gone(m.clients.Delete(&cookie)); err != nil {
+		return fmt.Errorf("network namespace %d: %w", cookie, err)
+	}
+	return nil
+}
+
+// Clients lists the network namespaces that are known.
+func (m *Maps) Clients() (map[uint64]Client, error) {
+	all, err := dump[uint64, Client](m.clients)
+	if err != nil {
+		return nil, fmt.Errorf("clients: %w", err)
+	}
+	return all, nil
 }
 
 // SetNodeAddresses makes exactly these the node's addresses.

@@ -15,6 +15,7 @@ type Snapshot struct {
 	Services map[ServiceKey]Service
 	Slots    map[SlotKey]uint32
 	Backends map[uint32]Backend
+	Ranges   map[SourceRangeKey]uint32
 }
 
 // ReadServices reads the services' maps.
@@ -28,11 +29,22 @@ func (m *Maps) ReadServices() (s Snapshot, err error) {
 	if s.Backends, err = dump[uint32, Backend](m.backends); err != nil {
 		return s, fmt.Errorf("backends: %w", err)
 	}
+	if s.Ranges, err = walk[SourceRangeKey, uint32](m.sourceRanges); err != nil {
+		return s, fmt.Errorf("source ranges: %w", err)
+	}
+	for k := range s.Services {
+		if err := m.claimPort(k); err != nil {
+			return s, err
+		}
+	}
 	return s, nil
 }
 
 // PutService swaps one frontend's entry.
 func (m *Maps) PutService(v Service) error {
+	if err := m.claimPort(v.Key); err != nil {
+		return err
+	}
 	if err := m.services.Put(&v.Key, &v); err != nil {
 		return full("services", err)
 	}
@@ -41,7 +53,83 @@ func (m *Maps) PutService(v Service) error {
 
 // DeleteService removes a frontend. That it is not there is no error.
 func (m *Maps) DeleteService(k ServiceKey) error {
-	return gone(m.services.Delete(&k))
+	if err := gone(m.services.Delete(&k)); err != nil {
+		return err
+	}
+	return m.releasePort(k)
+}
+
+// claimPort sets the port's bit in node_ports, which programs look at before they look for a frontend
+// under the unspecified address.
+func (m *Maps) claimPort(k ServiceKey) error {
+	if !k.Addr.Addr().IsUnspecified() {
+		return nil
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	port := k.Port.Number()
+	if m.onNode[port] == nil {
+		if err := m.setPort(port, true); err != nil {
+			return err
+		}
+		m.onNode[port] = map[ServiceKey]bool{}
+	}
+	m.onNode[port][k] = true
+	return nil
+}
+
+// releasePort clears the bit when the last frontend of its port is gone.
+func (m *Maps) releasePort(k ServiceKey) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	port := k.Port.Number()
+	if !m.onNode[port][k] {
+		return nil
+	}
+	if len(m.onNode[port]) == 1 {
+		if err := m.setPort(port, false); err != nil {
+			return err
+		}
+		delete(m.onNode, port)
+		return nil
+	}
+	delete(m.onNode[port], k)
+	return nil
+}
+
+func (m *Maps) setPort(port uint16, on bool) error {
+	word, bits := uint32(port>>6), uint64(0)
+	err := m.nodePorts.Lookup(&word, &bits)
+	if err == nil {
+		if bits &^= 1 << (port & 63); on {
+			bits |= 1 << (port & 63)
+		}
+		err = m.nodePorts.Put(&word, &bits)
+	}
+	if err != nil {
+		return fmt.Errorf("port %d of the node: %w", port, err)
+	}
+	return nil
+}
+
+// PutRanges writes the clients that a generation is for.
+func (m *Maps) PutRanges(keys []SourceRangeKey) error {
+	for i := range keys {
+		if err := m.sourceRanges.Put(&keys[i], uint32(1)); err != nil {
+			return full("source_ranges", err)
+		}
+	}
+	return nil
+}
+
+// DeleteRanges removes them. That one is not there is no error.
+func (m *Maps) DeleteRanges(keys []SourceRangeKey) error {
+	for i := range keys {
+		if err := gone(m.sourceRanges.Delete(&keys[i])); err != nil {
+			return fmt.Errorf("source range %s: %w", keys[i].Prefix(), err)
+		}
+	}
+	return nil
 }
 
 // PutBackends writes backends by id.

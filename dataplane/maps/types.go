@@ -7,6 +7,7 @@ package maps
 import (
 	"encoding/binary"
 	"net/netip"
+	"slices"
 )
 
 // LayoutVersion is raised when the meaning of a map's bytes changes while its sizes do not. Sizes
@@ -58,6 +59,7 @@ type ServiceKey struct {
 const (
 	ServiceAffinity = 1 << 0
 	ServiceLocal    = 1 << 1
+	ServiceRanges   = 1 << 2
 )
 
 // Service is what a frontend leads to: a generation of a backend set. Key repeats the frontend's
@@ -76,6 +78,45 @@ type SlotKey struct {
 	Service    uint32
 	Generation uint32
 	Slot       uint32
+}
+
+// SourceRangeKey is a prefix of clients that a generation is for; Bits counts from Service on.
+type SourceRangeKey struct {
+	Bits       uint32
+	Service    uint32
+	Generation uint32
+	Addr       Address
+}
+
+// SourceRangeOf converts from netip.
+func SourceRangeOf(service, generation uint32, p netip.Prefix) SourceRangeKey {
+	r := RangeOf(p)
+	return SourceRangeKey{Bits: 64 + r.Bits, Service: service, Generation: generation, Addr: r.Addr}
+}
+
+// Prefix converts to netip.
+func (k SourceRangeKey) Prefix() netip.Prefix {
+	bits := int(k.Bits) - 64
+	a := netip.AddrFrom16(k.Addr)
+	if a.Is4In6() && bits >= 96 {
+		return netip.PrefixFrom(a.Unmap(), bits-96)
+	}
+	return netip.PrefixFrom(a, bits)
+}
+
+// Client is who is in a network namespace.
+type Client struct{ V4, V6 Address }
+
+// ClientOf takes the first address of each family.
+func ClientOf(addrs []netip.Addr) (c Client) {
+	for _, a := range slices.Backward(addrs) {
+		if a = a.Unmap(); a.Is4() {
+			c.V4 = AddressOf(a)
+		} else {
+			c.V6 = AddressOf(a)
+		}
+	}
+	return c
 }
 
 // Backend belongs to one backend set.
@@ -182,7 +223,7 @@ type Flow struct {
 	Pad      uint32
 }
 
-// AffinityKey is a client of a backend set.
+// AffinityKey is a client of a backend set: its address, or a cookie of a namespace nobody knows.
 type AffinityKey struct {
 	Client  Address
 	Service uint32

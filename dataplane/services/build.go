@@ -4,8 +4,10 @@ package services
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -20,6 +22,8 @@ type Frontend struct {
 	Port  uint16
 	Proto uint8
 	Scope uint8
+	// Ranged says that only clients in the set's Ranges may use it.
+	Ranged bool
 }
 
 // Key is the frontend as the kernel knows it.
@@ -35,6 +39,7 @@ type Set struct {
 	AffinitySeconds uint32
 	Frontends       []Frontend
 	Backends        []netip.AddrPort // sorted, without duplicates
+	Ranges          []netip.Prefix   // sorted, masked; who may use the frontends that are Ranged
 }
 
 // Port is what Lookup answers about a port of a Service.
@@ -47,14 +52,20 @@ type Port struct {
 
 // Desired is what one Service needs.
 type Desired struct {
-	Sets  []Set
-	Ports []Port
+	Sets   []Set
+	Ports  []Port
+	Health Health
+	// Unsupported says what of the Service is left out, and why; empty if nothing.
+	Unsupported string
 }
+
+// Place is where a node is.
+type Place struct{ Node, Zone string }
 
 // Build says what a Service with its EndpointSlices needs on a node. It is pure, and changes nothing
 // it is given.
-func Build(svc *corev1.Service, eps []*discoveryv1.EndpointSlice, node string) Desired {
-	var d Desired
+func Build(svc *corev1.Service, eps []*discoveryv1.EndpointSlice, here Place) Desired {
+	d := Desired{Health: health(svc, eps, here.Node), Unsupported: unsupported(svc)}
 	if svc.Spec.Type == corev1.ServiceTypeExternalName {
 		return d
 	}
@@ -63,10 +74,10 @@ func Build(svc *corev1.Service, eps []*discoveryv1.EndpointSlice, node string) D
 		out := Port{Name: port.Name, Number: port.Port, Proto: port.Protocol}
 		for _, family := range families(svc) {
 			all := candidates(eps, family, port)
-			cluster := pick(all)
+			cluster := pick(near(all, here))
 			out.Addrs = append(out.Addrs, cluster...)
 			d.Sets = append(d.Sets, sets(svc, port, family, cluster, func() []netip.AddrPort {
-				return pick(local(all, node))
+				return pick(local(all, here.Node))
 			})...)
 		}
 		d.Ports = append(d.Ports, out)
@@ -87,6 +98,8 @@ type candidate struct {
 	ready       bool
 	terminating bool // and serving
 	node        string
+	forNodes    []string // hints
+	forZones    []string
 }
 
 func candidates(eps []*discoveryv1.EndpointSlice, family corev1.IPFamily, port *corev1.ServicePort) []candidate {
@@ -107,6 +120,14 @@ func candidates(eps []*discoveryv1.EndpointSlice, family corev1.IPFamily, port *
 			}
 			if e.NodeName != nil {
 				c.node = *e.NodeName
+			}
+			if e.Hints != nil {
+				for _, h := range e.Hints.ForNodes {
+					c.forNodes = append(c.forNodes, h.Name)
+				}
+				for _, h := range e.Hints.ForZones {
+					c.forZones = append(c.forZones, h.Name)
+				}
 			}
 			for _, a := range e.Addresses {
 				addr, err := netip.ParseAddr(a)
@@ -190,7 +211,13 @@ func sets(svc *corev1.Service, port *corev1.ServicePort, family corev1.IPFamily,
 	}
 	everywhere := Set{Proto: proto, Backends: cluster}
 	here := Set{Proto: proto, Flags: maps.ServiceLocal}
+	ranges := sourceRanges(svc, family)
 	for _, f := range frontends(svc, port, family, proto) {
+		if f.Ranged && f.local {
+			here.Ranges = ranges
+		} else if f.Ranged {
+			everywhere.Ranges = ranges
+		}
 		if f.local {
 			here.Frontends = append(here.Frontends, f.Frontend)
 		} else {
@@ -239,13 +266,13 @@ func frontends(svc *corev1.Service, port *corev1.ServicePort, family corev1.IPFa
 
 	var out []frontend
 	add := func(f Frontend, local bool) { out = append(out, frontend{f, local}) }
-	both := func(addr netip.Addr, number uint16) {
-		add(Frontend{addr, number, proto, maps.ScopeInternal}, false)
-		add(Frontend{addr, number, proto, maps.ScopeExternal}, externalLocal)
+	both := func(addr netip.Addr, number uint16, ranged bool) {
+		add(Frontend{addr, number, proto, maps.ScopeInternal, ranged}, false)
+		add(Frontend{addr, number, proto, maps.ScopeExternal, ranged}, externalLocal)
 	}
 	if svc.Annotations[api.NodeLocalAnnotation] != "true" {
 		for _, ip := range parse(clusterIPs(svc), family) {
-			add(Frontend{ip, number, proto, maps.ScopeInternal}, internalLocal)
+			add(Frontend{ip, number, proto, maps.ScopeInternal, false}, internalLocal)
 		}
 	}
 	if port.NodePort > 0 {
@@ -253,23 +280,57 @@ func frontends(svc *corev1.Service, port *corev1.ServicePort, family corev1.IPFa
 		if family == corev1.IPv6Protocol {
 			wildcard = netip.IPv6Unspecified()
 		}
-		both(wildcard, uint16(port.NodePort))
+		both(wildcard, uint16(port.NodePort), false)
 	}
 	for _, ip := range parse(svc.Spec.ExternalIPs, family) {
-		both(ip, number)
+		both(ip, number, false)
 	}
 	for _, in := range svc.Status.LoadBalancer.Ingress {
 		if in.IPMode != nil && *in.IPMode == corev1.LoadBalancerIPModeProxy {
 			continue
 		}
 		for _, ip := range parse([]string{in.IP}, family) {
-			both(ip, number)
+			both(ip, number, len(svc.Spec.LoadBalancerSourceRanges) > 0)
 		}
 	}
+	// The same address as external IP and as load balancer's: what is for some clients only stays so.
 	slices.SortFunc(out, func(a, b frontend) int {
-		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Scope, b.Scope))
+		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Scope, b.Scope), -compareBool(a.Ranged, b.Ranged))
 	})
-	return slices.CompactFunc(out, func(a, b frontend) bool { return a.Frontend == b.Frontend })
+	return slices.CompactFunc(out, func(a, b frontend) bool { return a.Key() == b.Key() })
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}
+
+// sourceRanges of one family. A list that names none of the family admits nobody of it.
+func sourceRanges(svc *corev1.Service, family corev1.IPFamily) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range svc.Spec.LoadBalancerSourceRanges {
+		// The API server allows white space around a range (KEP-4858 knows of more that it allowed).
+		p, err := netip.ParsePrefix(strings.TrimSpace(s))
+		if err == nil && sameFamily(p.Addr(), family) {
+			out = append(out, p.Masked())
+		}
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return slices.Compact(out)
+}
+
+func unsupported(svc *corev1.Service) string {
+	for _, p := range svc.Spec.Ports {
+		if p.Protocol == corev1.ProtocolSCTP {
+			return fmt.Sprintf("port %d: services over SCTP are not translated; pods are still reached at their own addresses", p.Port)
+		}
+	}
+	return ""
 }
 
 func clusterIPs(svc *corev1.Service) []string {

@@ -33,7 +33,7 @@ func service(change ...func(*corev1.Service)) *corev1.Service {
 }
 
 // slice makes an IPv4 EndpointSlice of "address", "address@node", with "!" not ready, "~" terminating
-// but serving, "#" terminating.
+// but serving, "#" terminating, and after ">" hints such as "zone:a,node:b".
 func slice(endpoints ...string) *discoveryv1.EndpointSlice {
 	s := &discoveryv1.EndpointSlice{
 		AddressType: discoveryv1.AddressTypeIPv4,
@@ -41,6 +41,17 @@ func slice(endpoints ...string) *discoveryv1.EndpointSlice {
 	}
 	for _, text := range endpoints {
 		e := discoveryv1.Endpoint{}
+		text, hints, _ := strings.Cut(text, ">")
+		for _, h := range strings.FieldsFunc(hints, func(r rune) bool { return r == ',' }) {
+			if e.Hints == nil {
+				e.Hints = &discoveryv1.EndpointHints{}
+			}
+			if zone, ok := strings.CutPrefix(h, "zone:"); ok {
+				e.Hints.ForZones = append(e.Hints.ForZones, discoveryv1.ForZone{Name: zone})
+			} else {
+				e.Hints.ForNodes = append(e.Hints.ForNodes, discoveryv1.ForNode{Name: strings.TrimPrefix(h, "node:")})
+			}
+		}
 		mark := strings.TrimRight(text, "!~#")
 		switch text[len(mark):] {
 		case "!":
@@ -66,7 +77,11 @@ func describe(sets []Set) []string {
 	for _, s := range sets {
 		var f, b []string
 		for _, x := range s.Frontends {
-			f = append(f, fmt.Sprintf("%s/%d", netip.AddrPortFrom(x.Addr, x.Port), x.Scope))
+			mark := ""
+			if x.Ranged {
+				mark = fmt.Sprint(s.Ranges)
+			}
+			f = append(f, fmt.Sprintf("%s/%d%s", netip.AddrPortFrom(x.Addr, x.Port), x.Scope, mark))
 		}
 		for _, x := range s.Backends {
 			b = append(b, x.String())
@@ -113,6 +128,45 @@ func TestBuild(t *testing.T) {
 				{IP: "198.51.100.3", IPMode: ptr(corev1.LoadBalancerIPModeProxy)}}
 		}), []string{"10.42.0.1"},
 			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 198.51.100.1:80/0 198.51.100.1:80/1 198.51.100.2:80/0 198.51.100.2:80/1 -> 10.42.0.1:8080"}},
+		{"source ranges, for the load balancer's address only", service(nodePort, func(s *corev1.Service) {
+			s.Spec.LoadBalancerSourceRanges = []string{" 198.51.100.7/24", "2001:db8::/32"}
+			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "198.51.100.2"}}
+		}), []string{"10.42.0.1"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 0.0.0.0:30080/0 0.0.0.0:30080/1 10.43.0.1:80/0 198.51.100.2:80/0[198.51.100.0/24] 198.51.100.2:80/1[198.51.100.0/24] -> 10.42.0.1:8080"}},
+		{"an address that is external and the load balancer's is for the few", service(func(s *corev1.Service) {
+			s.Spec.ExternalIPs = []string{"198.51.100.2"}
+			s.Spec.LoadBalancerSourceRanges = []string{"2001:db8::/32"}
+			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "198.51.100.2"}}
+		}), []string{"10.42.0.1"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 198.51.100.2:80/0[] 198.51.100.2:80/1[] -> 10.42.0.1:8080"}},
+		{"source ranges and policy Local", service(func(s *corev1.Service) {
+			s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+			s.Spec.LoadBalancerSourceRanges = []string{"198.51.100.0/24"}
+			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "198.51.100.2"}}
+		}), []string{"10.42.0.1@here"},
+			[]string{
+				"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 198.51.100.2:80/0[198.51.100.0/24] -> 10.42.0.1:8080",
+				"http/TCP/IPv4/local flags=2 affinity=0: 198.51.100.2:80/1[198.51.100.0/24] -> 10.42.0.1:8080",
+			}},
+		{"meant for this zone", service(), []string{"10.42.0.1>zone:z1", "10.42.0.2>zone:z2", "10.42.0.3!>zone:z1"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 -> 10.42.0.1:8080"}},
+		{"meant for this node before its zone", service(), []string{"10.42.0.1>zone:z1,node:there", "10.42.0.2>zone:z1,node:here"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 -> 10.42.0.2:8080"}},
+		{"nobody is meant for this node, some for its zone", service(), []string{"10.42.0.1>zone:z1,node:there", "10.42.0.2>zone:z2,node:there"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 -> 10.42.0.1:8080"}},
+		{"nobody is meant for this zone", service(), []string{"10.42.0.1>zone:z2", "10.42.0.2>zone:z3"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 -> 10.42.0.1:8080 10.42.0.2:8080"}},
+		{"one without a hint voids all", service(), []string{"10.42.0.1>zone:z1", "10.42.0.2"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 -> 10.42.0.1:8080 10.42.0.2:8080"}},
+		{"terminating ones need no hint", service(), []string{"10.42.0.1>zone:z1", "10.42.0.2>zone:z2", "10.42.0.3~"},
+			[]string{"http/TCP/IPv4 flags=0 affinity=0: 10.43.0.1:80/0 -> 10.42.0.1:8080"}},
+		{"hints do not rule policy Local", service(nodePort, func(s *corev1.Service) {
+			s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+		}), []string{"10.42.0.1@here>zone:z2", "10.42.0.2@there>zone:z1"},
+			[]string{
+				"http/TCP/IPv4 flags=0 affinity=0: 0.0.0.0:30080/0 10.43.0.1:80/0 -> 10.42.0.2:8080",
+				"http/TCP/IPv4/local flags=2 affinity=0: 0.0.0.0:30080/1 -> 10.42.0.1:8080",
+			}},
 		{"headless", service(func(s *corev1.Service) { s.Spec.ClusterIP = "None"; s.Spec.ClusterIPs = []string{"None"} }), []string{"10.42.0.1"}, nil},
 		{"external name", service(func(s *corev1.Service) { s.Spec.Type = corev1.ServiceTypeExternalName }), nil, nil},
 		{"node-local", service(func(s *corev1.Service) { s.Annotations = map[string]string{api.NodeLocalAnnotation: "true"} }), []string{"10.42.0.1"}, nil},
@@ -124,7 +178,7 @@ func TestBuild(t *testing.T) {
 			[]string{"http/TCP/IPv6 flags=0 affinity=0: [fd73::1]:80/0 -> "}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := Build(c.svc, []*discoveryv1.EndpointSlice{slice(c.eps...)}, "here")
+			got := Build(c.svc, []*discoveryv1.EndpointSlice{slice(c.eps...)}, Place{Node: "here", Zone: "z1"})
 			if diff := cmp.Diff(c.want, describe(got.Sets)); diff != "" {
 				t.Error(diff)
 			}

@@ -7,17 +7,21 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	corelisters "k8s.io/client-go/listers/core/v1"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/workqueue"
 )
 
@@ -26,7 +30,8 @@ type Config struct {
 	NodeName  string
 	Informers informers.SharedInformerFactory
 	Store     Store
-	Capacity  map[string]uint32 // of the maps, for the metric of their pressure; may be nil
+	Capacity  map[string]uint32    // of the maps, for the metric of their pressure; may be nil
+	Events    record.EventRecorder // for Services that cannot be served as they ask; may be nil
 	Log       *slog.Logger
 	Metrics   prometheus.Registerer // may be nil
 }
@@ -38,6 +43,10 @@ type Controller struct {
 	reconciler *Reconciler
 	services   corelisters.ServiceLister
 	slices     cache.Indexer
+	pods       corelisters.PodLister
+	nodes      corelisters.NodeLister
+	health     *healthServer
+	told       map[string]string // Service -> what an event said; only Run's goroutine uses it
 	synced     []cache.InformerSynced
 	queue      workqueue.TypedRateLimitingInterface[string]
 	complete   chan struct{}
@@ -52,7 +61,11 @@ type Controller struct {
 	collectors []prometheus.Collector
 }
 
-const byService = "skep.io/dataplane/service"
+const (
+	byService = "skep.io/dataplane/service"
+	// podPrefix distinguishes keys of pods from those of Services, whose names have no spaces.
+	podPrefix = "pod "
+)
 
 // NewController reads what the maps hold and registers with the informers, which the caller starts.
 func NewController(cfg Config) (*Controller, error) {
@@ -66,6 +79,8 @@ func NewController(cfg Config) (*Controller, error) {
 		reconciler: r,
 		failed:     map[string]error{},
 		complete:   make(chan struct{}),
+		health:     newHealthServer(cfg.Log),
+		told:       map[string]string{},
 		// The first retry comes after a millisecond: the kernel's errors are mostly momentary.
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](time.Millisecond, 30*time.Second)),
 	}
@@ -105,9 +120,54 @@ func (c *Controller) watch() error {
 	if err != nil {
 		return fmt.Errorf("watching EndpointSlices: %w", err)
 	}
+	pods := c.cfg.Informers.Core().V1().Pods()
+	c.pods = pods.Lister()
+	p, err := pods.Informer().AddEventHandler(c.handler(func(o any) string {
+		if pod, ok := o.(*corev1.Pod); ok && pod.Spec.NodeName == c.cfg.NodeName && hasHostPorts(pod) {
+			return podPrefix + pod.Namespace + "/" + pod.Name
+		}
+		return ""
+	}))
+	if err != nil {
+		return fmt.Errorf("watching Pods: %w", err)
+	}
+	nodes := c.cfg.Informers.Core().V1().Nodes()
+	c.nodes = nodes.Lister()
+	n, err := nodes.Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: func(o any) { c.moved(nil, o) }, UpdateFunc: c.moved,
+	})
+	if err != nil {
+		return fmt.Errorf("watching Nodes: %w", err)
+	}
 	// The handlers' own HasSynced: every object of the first list is in the queue by then.
-	c.synced = []cache.InformerSynced{a.HasSynced, b.HasSynced}
+	c.synced = []cache.InformerSynced{a.HasSynced, b.HasSynced, p.HasSynced, n.HasSynced}
 	return nil
+}
+
+// moved looks at all Services again when this node's zone has changed.
+func (c *Controller) moved(old, cur any) {
+	zone := func(o any) string {
+		n, _ := o.(*corev1.Node)
+		if n == nil || n.Name != c.cfg.NodeName {
+			return ""
+		}
+		return n.Labels[corev1.LabelTopologyZone]
+	}
+	if zone(old) == zone(cur) {
+		return
+	}
+	all, _ := c.services.List(labels.Everything())
+	for _, s := range all {
+		c.queue.Add(s.Namespace + "/" + s.Name)
+	}
+}
+
+func (c *Controller) place() Place {
+	here := Place{Node: c.cfg.NodeName}
+	if n, err := c.nodes.Get(c.cfg.NodeName); err == nil {
+		here.Zone = n.Labels[corev1.LabelTopologyZone]
+	}
+	return here
 }
 
 func indexByService(o any) ([]string, error) {
@@ -160,6 +220,7 @@ func (c *Controller) Failed() map[string]error {
 // without its EndpointSlices would look as if it had no backends.
 func (c *Controller) Run(ctx context.Context) error {
 	defer c.unregister()
+	defer c.health.close()
 	if !cache.WaitForCacheSync(ctx.Done(), c.synced...) {
 		return ctx.Err()
 	}
@@ -176,6 +237,15 @@ func (c *Controller) Run(ctx context.Context) error {
 	}
 	for _, s := range all {
 		initial[s.Namespace+"/"+s.Name] = true
+	}
+	pods, err := c.pods.List(labels.Everything())
+	if err != nil {
+		return err
+	}
+	for _, p := range pods {
+		if p.Spec.NodeName == c.cfg.NodeName && hasHostPorts(p) {
+			initial[podPrefix+p.Namespace+"/"+p.Name] = true
+		}
 	}
 	pruned := false
 	prune := func() {
@@ -201,7 +271,7 @@ func (c *Controller) Run(ctx context.Context) error {
 		if shutdown {
 			return nil
 		}
-		if c.sync(key) == nil {
+		if c.sync(ctx, key) == nil {
 			c.queue.Forget(key)
 		} else {
 			c.queue.AddRateLimited(key)
@@ -212,7 +282,7 @@ func (c *Controller) Run(ctx context.Context) error {
 	}
 }
 
-func (c *Controller) sync(key string) error {
+func (c *Controller) sync(ctx context.Context, key string) error {
 	if key == "" {
 		return nil
 	}
@@ -220,6 +290,8 @@ func (c *Controller) sync(key string) error {
 	want, err := c.desired(key)
 	if err == nil {
 		err = c.reconciler.Apply(key, want.Sets)
+		namespace, name, _ := strings.Cut(key, "/")
+		err = errors.Join(err, c.health.set(ctx, types.NamespacedName{Namespace: namespace, Name: name}, want.Health))
 	}
 	c.name(key, want.Sets)
 	services, slots, backends := c.reconciler.Size()
@@ -245,13 +317,24 @@ func (c *Controller) sync(key string) error {
 
 // desired also puts the Service into the table, or takes it out.
 func (c *Controller) desired(key string) (Desired, error) {
-	namespace, name, err := cache.SplitMetaNamespaceKey(key)
+	namespace, name, err := cache.SplitMetaNamespaceKey(strings.TrimPrefix(key, podPrefix))
 	if err != nil {
 		return Desired{}, nil
+	}
+	if strings.HasPrefix(key, podPrefix) {
+		pod, err := c.pods.Pods(namespace).Get(name)
+		if apierrors.IsNotFound(err) || err == nil && pod.Spec.NodeName != c.cfg.NodeName {
+			return Desired{}, nil
+		}
+		if err != nil {
+			return Desired{}, err
+		}
+		return Desired{Sets: HostPorts(pod)}, nil
 	}
 	svc, err := c.services.Services(namespace).Get(name)
 	if apierrors.IsNotFound(err) {
 		c.table.delete(key)
+		delete(c.told, key)
 		return Desired{}, nil
 	}
 	if err != nil {
@@ -265,8 +348,14 @@ func (c *Controller) desired(key string) (Desired, error) {
 	for _, o := range objects {
 		eps = append(eps, o.(*discoveryv1.EndpointSlice))
 	}
-	want := Build(svc, eps, c.cfg.NodeName)
+	want := Build(svc, eps, c.place())
 	c.table.set(key, want.Ports)
+	if c.told[key] != want.Unsupported {
+		c.told[key] = want.Unsupported
+		if want.Unsupported != "" && c.cfg.Events != nil {
+			c.cfg.Events.Event(svc, corev1.EventTypeWarning, "Unsupported", want.Unsupported)
+		}
+	}
 	return want, nil
 }
 

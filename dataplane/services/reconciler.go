@@ -17,9 +17,11 @@ type Store interface {
 	ReadServices() (maps.Snapshot, error)
 	PutBackends(ids []uint32, values []maps.Backend) error
 	PutSlots(keys []maps.SlotKey, values []uint32) error
+	PutRanges(keys []maps.SourceRangeKey) error
 	PutService(v maps.Service) error
 	DeleteService(k maps.ServiceKey) error
 	DeleteSlots(keys []maps.SlotKey) error
+	DeleteRanges(keys []maps.SourceRangeKey) error
 	DeleteBackends(ids []uint32) error
 	WaitReaders() error
 }
@@ -54,7 +56,9 @@ type set struct {
 	lastGen   uint32
 	settled   bool              // all frontends have lastGen, and it holds current
 	current   []uint32          // backend ids of lastGen, in order
+	ranges    []netip.Prefix    // clients that lastGen is for
 	written   map[uint32]uint32 // generation -> slots written
+	ranged    map[uint32][]maps.SourceRangeKey
 	backends  map[netip.AddrPort]uint32
 	unwritten map[uint32]bool   // ids given but not surely written
 	frontends []maps.ServiceKey // that may lead here
@@ -65,13 +69,19 @@ type set struct {
 
 type garbage struct {
 	slots    []maps.SlotKey
+	ranges   []maps.SourceRangeKey
 	backends []uint32
 }
 
-func (g *garbage) empty() bool { return len(g.slots) == 0 && len(g.backends) == 0 }
+func (g *garbage) empty() bool {
+	return len(g.slots) == 0 && len(g.backends) == 0 && len(g.ranges) == 0
+}
 
 func newSet(id uint32) *set {
-	return &set{id: id, written: map[uint32]uint32{}, backends: map[netip.AddrPort]uint32{}, unwritten: map[uint32]bool{}}
+	return &set{
+		id: id, written: map[uint32]uint32{}, ranged: map[uint32][]maps.SourceRangeKey{},
+		backends: map[netip.AddrPort]uint32{}, unwritten: map[uint32]bool{},
+	}
 }
 
 // NewReconciler reads what an earlier process left, so that ids stay what they were.
@@ -103,6 +113,11 @@ func NewReconciler(store Store) (*Reconciler, error) {
 		s.written[key.Generation] = max(s.written[key.Generation], key.Slot+1)
 		s.lastGen = max(s.lastGen, key.Generation)
 	}
+	for key := range snap.Ranges {
+		s := get(key.Service)
+		s.ranged[key.Generation] = append(s.ranged[key.Generation], key)
+		s.lastGen = max(s.lastGen, key.Generation)
+	}
 	for id, b := range snap.Backends {
 		s := get(b.Service)
 		addr := netip.AddrPortFrom(b.Addr.Addr(), b.Port.Number())
@@ -131,6 +146,10 @@ func NewReconciler(store Store) (*Reconciler, error) {
 
 // recover finds out whether the newest generation is whole and which backends it holds.
 func (s *set) recover(snap maps.Snapshot) {
+	for _, key := range s.ranged[s.lastGen] {
+		s.ranges = append(s.ranges, key.Prefix())
+	}
+	slices.SortFunc(s.ranges, netip.Prefix.Compare)
 	n := s.written[s.lastGen]
 	for i := range n {
 		id, ok := snap.Slots[maps.SlotKey{Service: s.id, Generation: s.lastGen, Slot: i}]
@@ -177,8 +196,8 @@ func (r *Reconciler) apply(want *Set) error {
 	if err := r.writeBackends(s, want, fresh); err != nil {
 		return err
 	}
-	if !s.settled || !slices.Equal(ids, s.current) {
-		if err := r.writeGeneration(s, ids); err != nil {
+	if !s.settled || !slices.Equal(ids, s.current) || !slices.Equal(want.Ranges, s.ranges) {
+		if err := r.writeGeneration(s, ids, want.Ranges); err != nil {
 			return err
 		}
 	}
@@ -269,22 +288,30 @@ func (r *Reconciler) writeBackends(s *set, want *Set, fresh []netip.AddrPort) er
 
 // writeGeneration writes slots under a number that was never used, as a failed write may have left
 // some of them, or even a frontend that already leads to them.
-func (r *Reconciler) writeGeneration(s *set, ids []uint32) error {
+func (r *Reconciler) writeGeneration(s *set, ids []uint32, ranges []netip.Prefix) error {
 	s.settled = false
 	s.lastGen++
-	s.current = nil
+	s.current, s.ranges = nil, nil
 	s.written[s.lastGen] = uint32(len(ids))
+	for _, p := range ranges {
+		s.ranged[s.lastGen] = append(s.ranged[s.lastGen], maps.SourceRangeOf(s.id, s.lastGen, p))
+	}
 	r.slots += len(ids)
 	keys := make([]maps.SlotKey, len(ids))
 	for i := range keys {
 		keys[i] = maps.SlotKey{Service: s.id, Generation: s.lastGen, Slot: uint32(i)}
+	}
+	if len(ranges) > 0 {
+		if err := r.store.PutRanges(s.ranged[s.lastGen]); err != nil {
+			return err
+		}
 	}
 	if len(ids) > 0 {
 		if err := r.store.PutSlots(keys, ids); err != nil {
 			return err
 		}
 	}
-	s.current = ids
+	s.current, s.ranges = ids, ranges
 	return nil
 }
 
@@ -299,6 +326,9 @@ func (r *Reconciler) writeFrontends(s *set, want *Set) error {
 		v := maps.Service{
 			Key: key, ID: s.id, Generation: s.lastGen, Count: uint32(len(s.current)),
 			AffinitySeconds: s.affinity, Flags: s.flags,
+		}
+		if f.Ranged {
+			v.Flags |= maps.ServiceRanges
 		}
 		r.owners[key] = want.Name
 		if r.frontends[key] == v {
@@ -349,6 +379,12 @@ func (r *Reconciler) discard(s *set, want *Set) {
 		}
 		delete(s.written, gen)
 	}
+	for gen, keys := range s.ranged {
+		if gen != s.lastGen {
+			g.ranges = append(g.ranges, keys...)
+			delete(s.ranged, gen)
+		}
+	}
 	if len(s.backends) != len(want.Backends) {
 		live := map[uint32]bool{}
 		for _, id := range s.current {
@@ -388,6 +424,9 @@ func (s *set) all() garbage {
 			g.slots = append(g.slots, maps.SlotKey{Service: s.id, Generation: gen, Slot: i})
 		}
 	}
+	for _, keys := range s.ranged {
+		g.ranges = append(g.ranges, keys...)
+	}
 	for _, id := range s.backends {
 		g.backends = append(g.backends, id)
 	}
@@ -426,6 +465,7 @@ func (r *Reconciler) throw(g garbage) {
 func (r *Reconciler) again(g garbage) {
 	r.mu.Lock()
 	r.garbage.slots = append(r.garbage.slots, g.slots...)
+	r.garbage.ranges = append(r.garbage.ranges, g.ranges...)
 	r.garbage.backends = append(r.garbage.backends, g.backends...)
 	r.mu.Unlock()
 	select {
@@ -452,6 +492,10 @@ func (r *Reconciler) Collect() error {
 	}
 	if err == nil {
 		g.slots = nil
+		err = r.store.DeleteRanges(g.ranges)
+	}
+	if err == nil {
+		g.ranges = nil
 		err = r.store.DeleteBackends(g.backends)
 	}
 	if err != nil {

@@ -21,6 +21,7 @@ type kernel struct {
 	services map[dpmaps.ServiceKey]dpmaps.Service
 	slots    map[dpmaps.SlotKey]uint32
 	backends map[uint32]dpmaps.Backend
+	ranges   map[dpmaps.SourceRangeKey]uint32
 
 	fail    func() bool
 	broken  string // what a reader saw and should not have
@@ -32,12 +33,13 @@ var errInjected = errors.New("injected")
 func newKernel() *kernel {
 	return &kernel{
 		services: map[dpmaps.ServiceKey]dpmaps.Service{}, slots: map[dpmaps.SlotKey]uint32{}, backends: map[uint32]dpmaps.Backend{},
-		fail: func() bool { return false },
+		ranges: map[dpmaps.SourceRangeKey]uint32{},
+		fail:   func() bool { return false },
 	}
 }
 
 func (k *kernel) ReadServices() (dpmaps.Snapshot, error) {
-	return dpmaps.Snapshot{Services: maps.Clone(k.services), Slots: maps.Clone(k.slots), Backends: maps.Clone(k.backends)}, nil
+	return dpmaps.Snapshot{Services: maps.Clone(k.services), Slots: maps.Clone(k.slots), Backends: maps.Clone(k.backends), Ranges: maps.Clone(k.ranges)}, nil
 }
 
 // look follows every frontend, and every one that a program read before and may still be using.
@@ -53,6 +55,10 @@ func (k *kernel) look() {
 				k.broken = fmt.Sprintf("set %d generation %d slot %d leads to backend %d: %+v", s.ID, s.Generation, i, id, b)
 				return
 			}
+		}
+		if s.Flags&dpmaps.ServiceRanges != 0 && len(k.rangesOf(s)) == 0 {
+			k.broken = fmt.Sprintf("set %d generation %d is for nobody", s.ID, s.Generation)
+			return
 		}
 	}
 }
@@ -81,6 +87,35 @@ func (k *kernel) PutBackends(ids []uint32, values []dpmaps.Backend) error {
 func (k *kernel) PutSlots(keys []dpmaps.SlotKey, values []uint32) error {
 	for i := range keys {
 		if err := k.step(func() { k.slots[keys[i]] = values[i] }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rangesOf is whom a frontend is for.
+func (k *kernel) rangesOf(s dpmaps.Service) (out []netip.Prefix) {
+	for key := range k.ranges {
+		if key.Service == s.ID && key.Generation == s.Generation {
+			out = append(out, key.Prefix())
+		}
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return out
+}
+
+func (k *kernel) PutRanges(keys []dpmaps.SourceRangeKey) error {
+	for _, key := range keys {
+		if err := k.step(func() { k.ranges[key] = 1 }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *kernel) DeleteRanges(keys []dpmaps.SourceRangeKey) error {
+	for _, key := range keys {
+		if err := k.step(func() { delete(k.ranges, key) }); err != nil {
 			return err
 		}
 	}
@@ -139,11 +174,12 @@ func front(n int) Frontend {
 
 // check that the kernel holds what is wanted, no more and no less.
 func (k *kernel) check(t interface{ Fatalf(string, ...any) }, want map[string][]Set) {
-	fronts, slots, backends := 0, 0, 0
+	fronts, slots, backends, ranges := 0, 0, 0, 0
 	for _, sets := range want {
 		for _, s := range sets {
 			slots += len(s.Backends)
 			backends += len(s.Backends)
+			ranges += len(s.Ranges)
 			for _, f := range s.Frontends {
 				fronts++
 				v, ok := k.services[f.Key()]
@@ -159,8 +195,14 @@ func (k *kernel) check(t interface{ Fatalf(string, ...any) }, want map[string][]
 				if !slices.Equal(got, s.Backends) {
 					t.Fatalf("frontend %v leads to %v, want %v", f, got, s.Backends)
 				}
+				if ranged := v.Flags&dpmaps.ServiceRanges != 0; ranged != f.Ranged || ranged && !slices.Equal(k.rangesOf(v), s.Ranges) {
+					t.Fatalf("frontend %v is for %v (%t), want %v", f, k.rangesOf(v), ranged, s.Ranges)
+				}
 			}
 		}
+	}
+	if len(k.ranges) != ranges {
+		t.Fatalf("the kernel has %d ranges, want %d: %v", len(k.ranges), ranges, k.ranges)
 	}
 	if len(k.services) != fronts || len(k.slots) != slots || len(k.backends) != backends {
 		t.Fatalf("the kernel has %d frontends, %d slots, %d backends; want %d, %d, %d: %+v", len(k.services), len(k.slots), len(k.backends), fronts, slots, backends, k.slots)
@@ -191,8 +233,16 @@ func TestReconcilerProperty(t *testing.T) {
 			for i := range rapid.IntRange(0, 2).Draw(t, "sets") {
 				s := Set{Name: fmt.Sprintf("%s:%d", key, i), Proto: dpmaps.TCP}
 				base := int(key[0]-'a')*20 + i*10
+				for r := range 3 {
+					if rapid.Bool().Draw(t, "range") {
+						s.Ranges = append(s.Ranges, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(r * 2)}), 16-r%2))
+					}
+				}
+				slices.SortFunc(s.Ranges, netip.Prefix.Compare)
 				for f := range rapid.IntRange(1, 3).Draw(t, "frontends") {
-					s.Frontends = append(s.Frontends, front(base+f))
+					to := front(base + f)
+					to.Ranged = len(s.Ranges) > 0 && rapid.Bool().Draw(t, "ranged")
+					s.Frontends = append(s.Frontends, to)
 				}
 				for b := range 5 {
 					if rapid.Bool().Draw(t, "backend") {

@@ -51,6 +51,7 @@ func (s *Sandboxes) adopt(ctx context.Context) error {
 		keep[r.Sandbox.PodUID] = true
 		delete(links, r.HostLink)
 		if r.HostLink != "" {
+			r.Sandbox.Endpoint.NetNS = r.Sandbox.NetNS // records of an earlier version lack it
 			endpoints = append(endpoints, r.Sandbox.Endpoint)
 		}
 	}

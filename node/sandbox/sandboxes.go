@@ -234,7 +234,7 @@ func (s *Sandboxes) address(r *record) error {
 	if len(ranges) == 0 {
 		return ErrNoRange
 	}
-	e := dataplane.Endpoint{PodUID: r.Sandbox.PodUID, Namespace: r.Sandbox.Namespace, Name: r.Sandbox.Name}
+	e := dataplane.Endpoint{PodUID: r.Sandbox.PodUID, Namespace: r.Sandbox.Namespace, Name: r.Sandbox.Name, NetNS: r.Sandbox.NetNS}
 	var err error
 	if e.PodMAC, err = newMAC(); err != nil {
 		return err

@@ -134,7 +134,10 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	if err != nil {
 		return untilStopped(ctx, err)
 	}
-	client, err := kubernetes.NewForConfig(identity.ClientConfig())
+	pace := newPacer(log)
+	config := identity.ClientConfig()
+	config.Wrap(pace.watch)
+	client, err := kubernetes.NewForConfig(config)
 	if err != nil {
 		return err
 	}
@@ -161,6 +164,7 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	shared.StartWithContext(ctx)
 	return runParts(ctx, append(a.parts(),
 		part{"certificates", identity.Run},
+		part{"pacer", pace.run},
 		part{"settle", func(ctx context.Context) error { settle(ctx, log); return nil }},
 	))
 }
@@ -173,7 +177,7 @@ func untilStopped(ctx context.Context, err error) error {
 	return err
 }
 
-// settle gives memory back and lets timers wait for each other once starting is over.
+// settle gives memory back once starting is over.
 func settle(ctx context.Context, log *slog.Logger) {
 	select {
 	case <-time.After(10 * time.Second): // nothing says when the last informer has read its first list
@@ -181,7 +185,4 @@ func settle(ctx context.Context, log *slog.Logger) {
 		return
 	}
 	giveBackMemory(log)
-	if err := coalesceTimers(); err != nil {
-		log.Debug("timers stay precise, which costs an idle process processor time", "error", err)
-	}
 }

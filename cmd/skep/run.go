@@ -80,11 +80,12 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	if err != nil {
 		return errors.Join(err, etcd.Close())
 	}
+	pace := newPacer(log)
 	server, err := apiserver.New(ctx, apiserver.Config{
 		Store: etcd, PKI: authority,
 		BindAddress: s.bindAddress, Port: s.securePort, AdvertiseAddress: s.advertiseAddress, ExtraSANs: s.tlsSANs,
 		ServiceCIDRs: s.serviceCIDRs, NodePortRange: s.nodePortRange.String(), ClusterDomain: s.clusterDomain,
-		Log: log.With("part", "apiserver"),
+		OnWrite: pace.busy, Log: log.With("part", "apiserver"),
 	})
 	if err != nil {
 		return errors.Join(err, etcd.Close())
@@ -99,7 +100,7 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 		return errors.Join(err, server.Run(ended), etcd.Close()) // Run gives the port back
 	}
 	log.Info("starting", "node", s.nodeName, "version", skepVersion, "data", s.dataDir)
-	parts = append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }})
+	parts = append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }}, part{"pacer", pace.run})
 	return errors.Join(runParts(ctx, parts), etcd.Close())
 }
 
@@ -239,8 +240,8 @@ func (p *process) client(user string, groups ...string) (kubernetes.Interface, e
 	return kubernetes.NewForConfig(p.config(user, groups...))
 }
 
-// announce writes the administrator's kubeconfig once the API is ready, and settles the process
-// when starting is over: it gives memory back and lets timers wait for each other.
+// announce writes the administrator's kubeconfig once the API is ready, and gives memory back when
+// starting is over.
 func (p *process) announce(ctx context.Context, started time.Time) error {
 	select {
 	case <-p.server.Ready():

@@ -54,6 +54,10 @@ type Config struct {
 	// long the server waits at its end for requests that are still being answered.
 	RequestTimeout time.Duration
 
+	// OnWrite, when set, is called before each request that changes an object, renewals of leases and
+	// events apart. It must not block.
+	OnWrite func()
+
 	Log *slog.Logger
 }
 

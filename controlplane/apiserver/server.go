@@ -91,6 +91,7 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 	if err != nil {
 		return err
 	}
+	reportWrites(g.config, s.cfg.OnWrite)
 	s.openAPI = g.config.OpenAPIV3Config
 	s.aggregator, err = buildChain(o, g, s.cfg.Log)
 	return err

@@ -47,6 +47,11 @@ const (
 	IngressControllerName = "skep.io/ingress"
 	// BootstrapGroup is whom tokens of `skep token create` authenticate as, besides their id.
 	BootstrapGroup = "system:bootstrappers:skep:agents"
+	// InformersUser, IngressUser and BootstrapUser are parts of a server that act within its process.
+	// Their roles have the same names.
+	InformersUser = "system:skep:informers"
+	IngressUser   = "system:skep:ingress"
+	BootstrapUser = "system:skep:bootstrap"
 	// ClusterConfigMap, in kube-system, tells nodes what they have to agree on: its keys are flags of
 	// `skep server`.
 	ClusterConfigMap = "skep-cluster"

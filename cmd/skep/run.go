@@ -23,6 +23,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 
+	"skep.io/skep/api"
 	"skep.io/skep/controlplane/apiserver"
 	"skep.io/skep/controlplane/controllers"
 	"skep.io/skep/controlplane/pki"
@@ -106,7 +107,7 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 
 // parts lists everything that runs in this process: the place to add a part.
 func (p *process) parts(ctx context.Context) ([]part, error) {
-	shared, err := p.client("system:skep", "system:masters")
+	shared, err := p.client(api.InformersUser)
 	if err != nil {
 		return nil, err
 	}
@@ -142,8 +143,7 @@ func (p *process) newAgent() (*agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Whoever serves the ingress here is the cluster's administrator anyway.
-	ingressClient, err := p.client("system:skep", "system:masters")
+	ingressClient, err := p.client(api.IngressUser)
 	if err != nil {
 		return nil, err
 	}
@@ -186,7 +186,7 @@ func once(happened <-chan struct{}, name string, run func(context.Context) error
 }
 
 func (p *process) controllersConfig() (controllers.Config, error) {
-	client, err := p.client("system:skep", "system:masters")
+	client, err := p.client(api.BootstrapUser)
 	if err != nil {
 		return controllers.Config{}, err
 	}
@@ -256,11 +256,11 @@ func (p *process) announce(ctx context.Context, started time.Time) error {
 	if err := pki.WriteKubeconfig(p.settings.kubeconfigPath, url, p.authority.CAPEM(), cert, key); err != nil {
 		return fmt.Errorf("kubeconfig: %w", err)
 	}
-	nodes, err := p.client("system:skep", "system:masters")
+	bootstrap, err := p.client(api.BootstrapUser)
 	if err != nil {
 		return err
 	}
-	if err := publishCluster(ctx, nodes, p.settings.clusterSettings); err != nil {
+	if err := publishCluster(ctx, bootstrap, p.settings.clusterSettings); err != nil {
 		return err
 	}
 	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))

@@ -17,12 +17,15 @@ import (
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+
+	"skep.io/skep/api"
 )
 
 // address is the URL of the TLS port.
@@ -103,6 +106,70 @@ func testNodes(t *testing.T, s *testServer) {
 	if err := s.client.CoreV1().Pods("default").Delete(ctx, "p", metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// testParts is what skep's own parts may do: nobody but the administrator may do everything.
+func testParts(t *testing.T, s *testServer) {
+	ctx, core := t.Context(), s.client.CoreV1()
+	as := func(name string, groups ...string) kubernetes.Interface {
+		return kubernetes.NewForConfigOrDie(s.ClientConfig(name, groups...))
+	}
+	caches, ingress, bootstrap := as(api.InformersUser), as(api.IngressUser), as(api.BootstrapUser)
+	if _, err := caches.CoreV1().Secrets("").List(ctx, metav1.ListOptions{}); err != nil {
+		t.Errorf("the shared caches list Secrets: %v", err)
+	}
+	configMap := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "part"}}
+	for who, client := range map[string]kubernetes.Interface{"the shared caches": caches, "ingress": ingress, "bootstrap": bootstrap} {
+		if _, err := client.CoreV1().ConfigMaps("default").Create(ctx, configMap, metav1.CreateOptions{}); !apierrors.IsForbidden(err) {
+			t.Errorf("%s write a ConfigMap: %v", who, err)
+		}
+	}
+	for _, name := range []string{"served", "private"} {
+		if _, err := core.Secrets("default").Create(ctx, &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Name: name}}, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ing := &networkingv1.Ingress{ObjectMeta: metav1.ObjectMeta{Name: "web"}, Spec: networkingv1.IngressSpec{
+		TLS:            []networkingv1.IngressTLS{{Hosts: []string{"a.example"}, SecretName: "served"}},
+		DefaultBackend: &networkingv1.IngressBackend{Service: &networkingv1.IngressServiceBackend{Name: "web", Port: networkingv1.ServiceBackendPort{Number: 80}}},
+	}}
+	ing, err := s.client.NetworkingV1().Ingresses("default").Create(ctx, ing, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// At once: whoever asks may have seen the Ingress before the server's own cache has.
+	node := s.withCert(t, "system:node:n1", "system:nodes")
+	for who, client := range map[string]kubernetes.Interface{"ingress": ingress, "a node": node} {
+		secrets := client.CoreV1().Secrets("default")
+		if _, err := secrets.List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=served"}); err != nil {
+			t.Errorf("%s reads an Ingress's Secret: %v", who, err)
+		}
+		for _, selector := range []string{"", "metadata.name=private", "metadata.name!=private"} {
+			if _, err := secrets.List(ctx, metav1.ListOptions{FieldSelector: selector}); !apierrors.IsForbidden(err) {
+				t.Errorf("%s lists Secrets by %q: %v", who, selector, err)
+			}
+		}
+		if err := secrets.Delete(ctx, "served", metav1.DeleteOptions{}); !apierrors.IsForbidden(err) {
+			t.Errorf("%s deletes an Ingress's Secret: %v", who, err)
+		}
+	}
+	if _, err := as("somebody").CoreV1().Secrets("default").Get(ctx, "served", metav1.GetOptions{}); !apierrors.IsForbidden(err) {
+		t.Errorf("somebody reads an Ingress's Secret: %v", err)
+	}
+	ing.Status.LoadBalancer.Ingress = []networkingv1.IngressLoadBalancerIngress{{IP: "192.0.2.1"}}
+	if _, err := ingress.NetworkingV1().Ingresses("default").UpdateStatus(ctx, ing, metav1.UpdateOptions{}); err != nil {
+		t.Errorf("ingress writes its status: %v", err)
+	}
+	// What no Ingress names any more is closed again.
+	if err := s.client.NetworkingV1().Ingresses("default").Delete(ctx, "web", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() error {
+		if _, err := node.CoreV1().Secrets("default").Get(ctx, "served", metav1.GetOptions{}); !apierrors.IsForbidden(err) {
+			return fmt.Errorf("a node reads a Secret that was an Ingress's: %w", err)
+		}
+		return nil
+	})
 }
 
 // testLogs puts a node API behind a Node object and reads logs through the server: it must come

@@ -10,11 +10,9 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	certificatesv1 "k8s.io/api/certificates/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apiserver/pkg/authentication/user"
 	genericapiserver "k8s.io/apiserver/pkg/server"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/component-helpers/auth/rbac/reconciliation"
@@ -22,8 +20,6 @@ import (
 	rbacrest "k8s.io/kubernetes/pkg/registry/rbac/rest"
 	schedulingrest "k8s.io/kubernetes/pkg/registry/scheduling/rest"
 	"k8s.io/kubernetes/plugin/pkg/auth/authorizer/rbac/bootstrappolicy"
-
-	"skep.io/skep/api"
 )
 
 // Upstream creates the RBAC bootstrap policy and the system priority classes in hooks that wait
@@ -48,56 +44,6 @@ var bootstrapHooks = map[string]genericapiserver.PostStartHookFunc{
 		return retryBootstrap(c, "system priority classes", ensurePriorityClasses)
 	},
 }
-
-// Upstream's nodes see their own pods only, as kubelets do. skep's nodes also do the network: NetworkPolicies
-// name pods and namespaces by labels, and the node that enforces them must find their addresses.
-var (
-	nodeNetworkRole = rbacv1.ClusterRole{
-		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-network"},
-		Rules: []rbacv1.PolicyRule{
-			{Verbs: []string{"list", "watch"}, APIGroups: []string{"networking.k8s.io"}, Resources: []string{"networkpolicies"}},
-			{Verbs: []string{"list", "watch"}, APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "services", "nodes"}},
-			{Verbs: []string{"list", "watch"}, APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}},
-			{Verbs: []string{"list", "watch"}, APIGroups: []string{"networking.k8s.io"}, Resources: []string{"ingresses", "ingressclasses"}},
-		},
-	}
-	nodeNetworkBinding = rbacv1.ClusterRoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-network"},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "skep:node-network"},
-		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: user.NodesGroup}},
-	}
-)
-
-// What machines need to become nodes. Upstream's role of the certificate controller may approve clients'
-// requests only.
-var (
-	joinRoles = []rbacv1.ClusterRole{{
-		ObjectMeta: metav1.ObjectMeta{Name: "skep:serving-certificate-approver"},
-		Rules: []rbacv1.PolicyRule{{
-			Verbs: []string{"approve"}, APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"signers"}, ResourceNames: []string{certificatesv1.KubeletServingSignerName},
-		}},
-	}}
-	joinBindings = []rbacv1.ClusterRoleBinding{{
-		ObjectMeta: metav1.ObjectMeta{Name: "skep:serving-certificate-approver"},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "skep:serving-certificate-approver"},
-		Subjects:   []rbacv1.Subject{{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "certificate-controller"}},
-	}, {
-		ObjectMeta: metav1.ObjectMeta{Name: "skep:node-bootstrapper"},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: "system:node-bootstrapper"},
-		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: api.BootstrapGroup}},
-	}}
-	clusterConfigRole = rbacv1.Role{
-		ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceSystem, Name: "skep:cluster-config"},
-		Rules: []rbacv1.PolicyRule{{
-			Verbs: []string{"get", "list", "watch"}, APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{api.ClusterConfigMap},
-		}},
-	}
-	clusterConfigBinding = rbacv1.RoleBinding{
-		ObjectMeta: metav1.ObjectMeta{Namespace: metav1.NamespaceSystem, Name: "skep:cluster-config"},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: "skep:cluster-config"},
-		Subjects:   []rbacv1.Subject{{APIGroup: rbacv1.GroupName, Kind: rbacv1.GroupKind, Name: user.NodesGroup}},
-	}
-)
 
 func retryBootstrap(c genericapiserver.PostStartHookContext, what string, ensure func(context.Context, kubernetes.Interface) error) error {
 	client, err := kubernetes.NewForConfig(c.LoopbackClientConfig)
@@ -154,17 +100,17 @@ func ensureRBAC(ctx context.Context, client kubernetes.Interface) error {
 		})
 	}
 
-	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), []rbacv1.ClusterRole{nodeNetworkRole, metricsReader}, joinRoles) {
+	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), ownClusterRoles) {
 		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.ClusterRoleRuleOwner{ClusterRole: &r}, Client: clusterRoles})
 	}
-	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), []rbacv1.ClusterRoleBinding{nodeNetworkBinding}, joinBindings) {
+	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), ownClusterRoleBindings()) {
 		binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.ClusterRoleBindingAdapter{ClusterRoleBinding: &b}, Client: clusterRoleBindings})
 	}
-	for _, r := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoles()))...), clusterConfigRole) {
+	for _, r := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoles()))...), ownRoles...) {
 		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.RoleRuleOwner{Role: &r},
 			Client: reconciliation.RoleModifier{Client: rbac, NamespaceClient: namespaces}})
 	}
-	for _, b := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoleBindings()))...), clusterConfigBinding) {
+	for _, b := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoleBindings()))...), ownRoleBindings...) {
 		binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.RoleBindingAdapter{RoleBinding: &b},
 			Client: reconciliation.RoleBindingClientAdapter{Client: rbac, NamespaceClient: namespaces}})
 	}

@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/wait"
 	tokenrequest "k8s.io/apiserver/pkg/authentication/request/bearertoken"
 	authenticatorunion "k8s.io/apiserver/pkg/authentication/request/union"
+	authorizerunion "k8s.io/apiserver/pkg/authorization/union"
 	"k8s.io/apiserver/pkg/endpoints/discovery/aggregated"
 	openapinamer "k8s.io/apiserver/pkg/endpoints/openapi"
 	genericapiserver "k8s.io/apiserver/pkg/server"
@@ -119,7 +120,7 @@ func (g *generic) applyStorage(o options.CompletedOptions) error {
 }
 
 // applyAccess sets authentication (in-process identities, client certificates, service-account and
-// bootstrap tokens, front proxy, anonymous) and authorization (Node, RBAC).
+// bootstrap tokens, front proxy, anonymous) and authorization (Node, RBAC, ingress's Secrets).
 func (g *generic) applyAccess(ctx context.Context, o options.CompletedOptions, client kubernetes.Interface, ids *identities) error {
 	c := g.config
 	drained := wait.ContextForChannel(c.DrainedNotify())
@@ -134,6 +135,11 @@ func (g *generic) applyAccess(ctx context.Context, o options.CompletedOptions, c
 	if err != nil {
 		return fmt.Errorf("authorization: %w", err)
 	}
+	certificates, err := newIngressSecrets(client, g.informers)
+	if err != nil {
+		return fmt.Errorf("authorization of ingress: %w", err)
+	}
+	c.Authorization.Authorizer = authorizerunion.New(c.Authorization.Authorizer, certificates)
 	return nil
 }
 

@@ -40,6 +40,7 @@ func TestAPI(t *testing.T) {
 		"CustomResources":  testCustomResources,
 		"ServiceAccounts":  testServiceAccounts,
 		"Nodes":            testNodes,
+		"Parts":            testParts,
 		"Logs":             testLogs,
 		"Admission":        testAdmission,
 		"OpenAPI":          testOpenAPI,

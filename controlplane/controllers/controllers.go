@@ -32,7 +32,7 @@ import (
 
 // Config is what Run needs. Client, RESTConfig, Informers, ClusterCIDRs and ServiceCIDRs are required.
 type Config struct {
-	// Client acts as the cluster's administrator. It records events and creates the bootstrap objects.
+	// Client acts as api.BootstrapUser: it records events and creates the bootstrap objects.
 	Client kubernetes.Interface
 	// Registered, if set, is closed once every controller has its handlers. Nobody may start Informers before.
 	Registered chan<- struct{}
@@ -220,7 +220,7 @@ func (e entry) prepare(ctx context.Context, cfg Config, broadcaster record.Event
 	return made, nil
 }
 
-// clientFor makes a client that acts as user, or the administrator's if user is empty. In-process
+// clientFor makes a client that acts as user, or gives the bootstrap client if user is empty. In-process
 // clients need no limit of their own: the API server's priority and fairness knows better.
 func clientFor(cfg Config, user string) (kubernetes.Interface, *rest.Config, error) {
 	if user == "" || cfg.RESTConfig == nil {

@@ -156,7 +156,9 @@ func BenchmarkSchedule(b *testing.B) {
 			if n == nil {
 				b.Fatal(d.message())
 			}
-			s.assume(item, n)
+			if _, err := s.assume(item, n); err != nil {
+				b.Fatal(err)
+			}
 			scheduled++
 		}
 	}

@@ -36,6 +36,12 @@ func (s *Scheduler) bind(item *pending, nodeName string) {
 		s.recorder.Eventf(p.object, v1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s", p.key.Namespace, p.key.Name, nodeName)
 		return
 	}
+	s.bindingFailed(item, nodeName, fmt.Errorf("running Bind plugin %q: %w", "DefaultBinder", err))
+}
+
+// bindingFailed finds out whether the pod is bound all the same, and otherwise takes the decision back.
+func (s *Scheduler) bindingFailed(item *pending, nodeName string, err error) {
+	p := item.pod
 	s.log.Warn("binding a pod failed", "pod", p.key, "node", nodeName, "err", err)
 	live, settled := s.settle(item)
 	if settled && live != nil && live.Spec.NodeName != "" {
@@ -50,7 +56,7 @@ func (s *Scheduler) bind(item *pending, nodeName string) {
 	if live != nil {
 		s.reports.tell(report{
 			pod: live, reason: v1.PodReasonSchedulerError, nominated: live.Status.NominatedNodeName,
-			message: fmt.Sprintf("running Bind plugin %q: %v", "DefaultBinder", err),
+			message: err.Error(),
 		})
 	}
 }

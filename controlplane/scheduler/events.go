@@ -208,6 +208,7 @@ func (s *Scheduler) onPodGone(object *v1.Pod) {
 		s.dequeue(item.pod, now)
 	}
 	delete(s.doomed, object.UID)
+	defer s.pokeWait(object.UID)
 	earlier := s.snapshot.pods[object.UID]
 	if earlier == nil {
 		return
@@ -247,6 +248,9 @@ func (s *Scheduler) onNodeGone(object *v1.Node) {
 	var waiting []*pod
 	for _, p := range n.nominated {
 		waiting = append(waiting, p)
+	}
+	for uid := range n.pods {
+		s.pokeWait(uid)
 	}
 	s.snapshot.removeNode(object.Name)
 	s.wakeForDomains(object, nil, len(n.pods), now)

@@ -121,7 +121,9 @@ func TestNeverOvercommits(t *testing.T) {
 					s.queue.sleep(item, d.blockers, clock)
 					return
 				}
-				s.assume(item, n)
+				if _, err := s.assume(item, n); err != nil {
+					t.Fatal(err)
+				}
 				decided[item.pod.key.Name] = item
 			},
 			"bound": func(t *rapid.T) {
@@ -276,7 +278,9 @@ func TestNobodySleepsWhileFitting(t *testing.T) {
 						s.queue.sleep(item, d.blockers, s.now())
 						continue
 					}
-					s.assume(item, n)
+					if _, err := s.assume(item, n); err != nil {
+						t.Fatal(err)
+					}
 					delete(s.binding, item.pod.uid)
 				}
 			},

@@ -66,10 +66,13 @@ type Scheduler struct {
 	search   *searcher
 	binding  map[types.UID]*pending // decided, being written
 	doomed   map[types.UID]bool     // victims whose deletion was asked for
+	waits    map[types.UID]*volumeWait
 
 	wake  chan struct{} // has an element when the queue may have something to try
 	slots chan struct{} // one element a binding in flight
 	work  sync.WaitGroup
+	// stopping is closed when no more decisions are made.
+	stopping chan struct{}
 }
 
 // Run schedules pods until ctx ends. It returns when decisions that were being written are.
@@ -99,6 +102,7 @@ func Run(ctx context.Context, cfg Config) error {
 	s.mu.Unlock()
 	s.work.Go(func() { s.reports.run(ctx) })
 	s.loop(ctx)
+	close(s.stopping)
 	s.work.Wait()
 	return nil
 }
@@ -115,6 +119,8 @@ func newScheduler(cfg Config, recorder record.EventRecorder) (*Scheduler, error)
 		search:   newSearcher(rand.Uint64()),
 		binding:  map[types.UID]*pending{},
 		doomed:   map[types.UID]bool{},
+		waits:    map[types.UID]*volumeWait{},
+		stopping: make(chan struct{}),
 		wake:     make(chan struct{}, 1),
 		slots:    make(chan struct{}, bindingsInFlight),
 	}
@@ -168,12 +174,20 @@ func (s *Scheduler) scheduleOne() (started bool, next time.Time) {
 		began := time.Now()
 		chosen, failed := s.search.decide(item.pod, s.snapshot)
 		if chosen != nil {
-			s.assume(item, chosen)
+			volumes, err := s.assume(item, chosen)
 			s.mu.Unlock()
 			s.metrics.attempt("scheduled", began)
 			s.work.Go(func() {
 				defer func() { <-s.slots }()
-				s.bind(item, chosen.name)
+				if err == nil && !volumes.empty() {
+					err = s.bindVolumes(item.pod, &volumes, chosen.name)
+				}
+				switch {
+				case err == nil:
+					s.bind(item, chosen.name)
+				case !errors.Is(err, errStopping):
+					s.bindingFailed(item, chosen.name, fmt.Errorf("running PreBind plugin %q: binding volumes: %w", "VolumeBinding", err))
+				}
 			})
 			return true, time.Time{}
 		}
@@ -183,13 +197,17 @@ func (s *Scheduler) scheduleOne() (started bool, next time.Time) {
 	}
 }
 
-// assume accounts the pod as if it were bound already.
-func (s *Scheduler) assume(item *pending, n *node) {
+// assume accounts the pod as if it were bound already. It returns what is to be done about its volumes before it is.
+func (s *Scheduler) assume(item *pending, n *node) (volumes volumePlan, err error) {
+	if len(item.pod.claims) > 0 {
+		volumes, err = s.snapshot.storage.assumeVolumes(item.pod, n.object)
+	}
 	s.queue.remove(item.pod.uid)
 	s.binding[item.pod.uid] = item
 	s.snapshot.nominate(item.pod, "")
 	s.snapshot.setPod(item.pod, n.name)
 	s.wakeForPod(podChange{after: item.pod}, s.now())
+	return volumes, err
 }
 
 // reject puts the pod to sleep, makes room for it where that is allowed, and has the reasons told.

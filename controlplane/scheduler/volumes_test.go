@@ -91,13 +91,13 @@ func TestVolumes(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			s := testSnapshot([]*v1.Node{testNode("a"), testNode("b")})
 			for class, mode := range map[string]storagev1.VolumeBindingMode{"fast": storagev1.VolumeBindingImmediate, "local": storagev1.VolumeBindingWaitForFirstConsumer} {
-				s.storage.classes[class] = &storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: class}, VolumeBindingMode: &mode}
+				s.storage.classes[class] = &storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: class}, Provisioner: "example.com/p", VolumeBindingMode: &mode}
 			}
 			if c.claim != nil {
 				s.storage.claims[keyOf(c.claim)] = c.claim
 			}
 			if c.volume != nil {
-				s.storage.volumes[c.volume.Name] = c.volume
+				s.storage.setVolume(c.volume)
 			}
 			if c.user != "" {
 				s.setPod(newPod(testPod("user", mountsClaim("data"))), c.user)

@@ -55,4 +55,16 @@ const (
 	// ClusterConfigMap, in kube-system, tells nodes what they have to agree on: its keys are flags of
 	// `skep server`.
 	ClusterConfigMap = "skep-cluster"
+
+	// AddressPoolAnnotation on a Service of type LoadBalancer names the AddressPool to take from, and
+	// AddressesAnnotation the addresses, one a family, separated by commas.
+	AddressPoolAnnotation = "skep.io/address-pool"
+	AddressesAnnotation   = "skep.io/load-balancer-ips"
+	// LoadBalancerClassPool and LoadBalancerClassNode, as a Service's loadBalancerClass, ask for an address of a
+	// pool, or for the nodes' own; without a class it is a pool's if there is a pool.
+	LoadBalancerClassPool = "skep.io/pool"
+	LoadBalancerClassNode = "skep.io/node"
+	// AnnouncedCondition of a Service whose addresses are a pool's: its message is the name of the node that
+	// announces them.
+	AnnouncedCondition = "skep.io/Announced"
 )

@@ -200,6 +200,10 @@ func (p *process) controllersConfig() (controllers.Config, error) {
 			return p.config(user, accountGroups(user)...)
 		},
 		ClusterCIDRs: p.settings.clusterCIDRs, ServiceCIDRs: p.settings.serviceCIDRs,
+		ReservedPorts: map[int32]string{
+			int32(p.settings.ingressHTTPPort): "ingress", int32(p.settings.ingressHTTPSPort): "ingress",
+			int32(p.settings.securePort): "API", api.DefaultNodeAPIPort: "nodes' API",
+		},
 		RootCA: p.authority.CAPEM(), CAFile: p.authority.CAFile(), CAKeyFile: p.authority.CAKeyFile(), ServiceAccountKey: key,
 		Log: p.log.With("part", "controllers"), Metrics: p.metrics,
 	}, nil

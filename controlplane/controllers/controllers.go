@@ -59,6 +59,8 @@ type Config struct {
 
 	// NodeTiming is how long a node may be silent; zero fields have the default.
 	NodeTiming nodelifecycle.Timing
+	// ReservedPorts are ports that the nodes use themselves, with for what: no Service gets them at a node's address.
+	ReservedPorts map[int32]string
 	// TerminatedPods is how many ended pods are kept; 0 is podgc.DefaultThreshold.
 	TerminatedPods int
 

@@ -4,6 +4,9 @@ package controllers
 
 import (
 	"context"
+	"fmt"
+
+	"k8s.io/client-go/dynamic"
 	"slices"
 
 	"skep.io/skep/controlplane/controllers/bootstrap"
@@ -13,6 +16,7 @@ import (
 	"skep.io/skep/controlplane/controllers/deployment"
 	"skep.io/skep/controlplane/controllers/endpointslice"
 	"skep.io/skep/controlplane/controllers/job"
+	"skep.io/skep/controlplane/controllers/loadbalancer"
 	"skep.io/skep/controlplane/controllers/nodeipam"
 	"skep.io/skep/controlplane/controllers/nodelifecycle"
 	"skep.io/skep/controlplane/controllers/podgc"
@@ -84,10 +88,29 @@ func own() []entry {
 		{"csrapproval", account("certificate-controller"), func(_ context.Context, e env) (run, error) {
 			return started(csrapproval.New(e.deps, slices.Concat(e.cfg.ClusterCIDRs, e.cfg.ServiceCIDRs)))
 		}},
+		{"loadbalancer", "", func(_ context.Context, e env) (run, error) {
+			pools, err := poolReader(e.cfg)
+			if err != nil {
+				return nil, err
+			}
+			return started(loadbalancer.New(e.deps, pools, e.cfg.ReservedPorts))
+		}},
 		{"podgc", account("pod-garbage-collector"), func(_ context.Context, e env) (run, error) {
 			return started(podgc.New(e.deps, e.cfg.TerminatedPods, podgc.Quarantine))
 		}},
 	}
+}
+
+// poolReader reads AddressPools as the garbage collector, who may read every kind.
+func poolReader(cfg Config) (dynamic.Interface, error) {
+	if cfg.RESTConfig == nil {
+		return nil, nil
+	}
+	client, err := dynamic.NewForConfig(cfg.RESTConfig(account("generic-garbage-collector")))
+	if err != nil {
+		return nil, fmt.Errorf("client for AddressPools: %w", err)
+	}
+	return client, nil
 }
 
 func started(c interface{ Run(context.Context) error }, err error) (run, error) {

@@ -86,8 +86,10 @@ type Config struct {
 	Port     int // of the node's API; 0: api.DefaultNodeAPIPort
 	Labels   map[string]string
 	MaxPods  int // 0: 110
-	Log      *slog.Logger
-	Metrics  prometheus.Registerer
+	// UnsafeSysctls may be set by pods; a name may end in an asterisk.
+	UnsafeSysctls []string
+	Log           *slog.Logger
+	Metrics       prometheus.Registerer
 }
 
 // Agent of one node.
@@ -154,6 +156,9 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		}
 		if rc.RunDir == "" {
 			rc.RunDir = cfg.RunDir
+		}
+		if rc.SeccompDir == "" {
+			rc.SeccompDir = filepath.Join(cfg.DataDir, "seccomp") // where kubelet has it below its own
 		}
 		if rc.Log == nil {
 			rc.Log = cfg.Log
@@ -255,7 +260,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		Runtime: a.runtime, Images: a.runtime.Images(), Sandboxes: a.sandboxes, Volumes: volumeAdapter{vols, objects}, Objects: objects,
 		Prober: prober, Services: func(ns string) ([]*corev1.Service, error) { return a.servicesOf(ctx, ns) }, ResolvConf: a.resolvConf, Recorder: recorder,
 		Dir: filepath.Join(a.cfg.DataDir, "pods"), LogsDir: a.cfg.LogsDir, ClusterDomain: a.cfg.ClusterDomain,
-		Allocatable: a.host.allocatable(a.cfg.MaxPods), MemoryCapacity: a.host.memory, BootID: a.host.bootID, Log: a.log, Metrics: a.cfg.Metrics,
+		Allocatable: a.host.allocatable(a.cfg.MaxPods), Terms: pods.Terms{UnsafeSysctls: a.cfg.UnsafeSysctls}, Node: a.status.current, MemoryCapacity: a.host.memory, BootID: a.host.bootID, Log: a.log, Metrics: a.cfg.Metrics,
 	})
 	if err != nil {
 		return err

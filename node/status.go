@@ -222,6 +222,13 @@ func (l *statusLoop) seen(n *corev1.Node) {
 	l.mu.Unlock()
 }
 
+// current is the Node as the API has it; nil before it is registered.
+func (l *statusLoop) current() *corev1.Node {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.node
+}
+
 func (l *statusLoop) deleted() {
 	l.mu.Lock()
 	l.gone = true

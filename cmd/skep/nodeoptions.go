@@ -29,6 +29,7 @@ type nodeOptions struct {
 	imagesDir         string
 	containerdAddress string
 	upstreamDNS       []string
+	unsafeSysctls     []string
 	logLevel          string
 	logFormat         string
 }
@@ -41,6 +42,7 @@ func (o *nodeOptions) addFlags(f *pflag.FlagSet, configPath string) {
 	f.StringVar(&o.imagesDir, "images-dir", "", "Directory of image archives that are imported at start (default: DATA-DIR/images)")
 	f.StringVar(&o.containerdAddress, "containerd-address", "", "Socket of the host's containerd (default: an own containerd inside this process)")
 	f.StringSliceVar(&o.upstreamDNS, "upstream-dns", nil, "Name servers for names outside the cluster (default: the host's)")
+	f.StringSliceVar(&o.unsafeSysctls, "allowed-unsafe-sysctls", nil, "Kernel settings beside the safe ones that pods may have; a name may end in an asterisk")
 	f.StringVar(&o.logLevel, "log-level", "info", "One of debug, info, warn, error")
 	f.StringVar(&o.logFormat, "log-format", "text", "One of text, json")
 }
@@ -82,6 +84,7 @@ type nodeSettings struct {
 	imagesDir         string
 	containerdAddress string
 	upstreamDNS       []string
+	unsafeSysctls     []string
 }
 
 // clusterSettings are the same on every node: a server is told them, an agent learns them.
@@ -104,7 +107,7 @@ type host struct {
 
 // complete checks what is said of the machine and derives what is not. It tells bad of each mistake.
 func (o *nodeOptions) complete(h host, bad func(flag, format string, args ...any)) nodeSettings {
-	s := nodeSettings{containerdAddress: o.containerdAddress, upstreamDNS: o.upstreamDNS}
+	s := nodeSettings{containerdAddress: o.containerdAddress, upstreamDNS: o.upstreamDNS, unsafeSysctls: o.unsafeSysctls}
 	var err error
 	if s.dataDir, err = filepath.Abs(o.dataDir); err != nil || o.dataDir == "" {
 		bad("data-dir", "%q is not a path", o.dataDir)

@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"skep.io/skep/node/runtime"
+	"skep.io/skep/node/sandbox"
 )
 
 // How long to leave alone what failed.
@@ -114,6 +115,7 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 			})
 		}
 	case DeletePod:
+		w.out.Store(true)
 		return func(ctx context.Context) func() {
 			now := int64(0)
 			err := w.set.cfg.Client.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{
@@ -153,7 +155,11 @@ func (w *worker) outcome(a Action, err error, ok func()) func() {
 
 func (w *worker) createSandbox(ctx context.Context, pod *corev1.Pod) func() {
 	s := w.set
-	box, err := s.cfg.Sandboxes.Create(ctx, s.sandboxSpec(pod))
+	var box *sandbox.Sandbox
+	err := s.supports(ctx, pod)
+	if err == nil {
+		box, err = s.cfg.Sandboxes.Create(ctx, s.sandboxSpec(pod))
+	}
 	if err == nil {
 		err = s.writeEtc(pod, box)
 	}

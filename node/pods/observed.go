@@ -76,6 +76,7 @@ type Observed struct {
 	StartTime      time.Time // when this node accepted the pod
 	StopTime       time.Time // when the pod was first told to stop; zero if it was not
 	Gone           bool      // the API no longer has the pod
+	Refused        *refusal  // why this node does not take the pod; nil if it does
 	Sandbox        *sandbox.Sandbox
 	SandboxFailure *Failure
 	Volumes        VolumeState
@@ -236,7 +237,7 @@ func (v *view) deleted() bool { return v.pod.DeletionTimestamp != nil || v.o.Gon
 
 // ending reports whether nothing of the pod may start any more.
 func (v *view) ending() bool {
-	return v.deleted() || podutil.IsPodPhaseTerminal(v.pod.Status.Phase) || v.pastDeadline() || v.initFailed() || v.completed()
+	return v.deleted() || v.o.Refused != nil || podutil.IsPodPhaseTerminal(v.pod.Status.Phase) || v.pastDeadline() || v.initFailed() || v.completed()
 }
 
 // stopped reports whether no process of the pod is left and none is about to start.

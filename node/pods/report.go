@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/strategicpatch"
 	"k8s.io/client-go/kubernetes"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 
 	"skep.io/skep/node/probes"
 	"skep.io/skep/node/sandbox"
@@ -31,6 +32,9 @@ func (w *worker) report(o *Observed, p *Plan) {
 	}
 	// A pod that goes before anything of it was made needs no last words.
 	desired := status(w.pod, o)
+	if podutil.IsPodPhaseTerminal(desired.Phase) {
+		w.out.Store(true) // before anybody can know it, and bind another pod in its stead
+	}
 	if w.reported != nil && equality.Semantic.DeepEqual(*w.reported, desired) && equality.Semantic.DeepEqual(w.pod.Status, desired) {
 		return
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/record"
@@ -80,7 +81,9 @@ type Config struct {
 	LogsDir        string // pods' logs: /var/log/pods
 	ClusterDomain  string
 	Allocatable    corev1.ResourceList
-	MemoryCapacity int64 // bytes
+	Terms          Terms
+	Node           func() *corev1.Node // as the API has it; may give nil while that is not known
+	MemoryCapacity int64               // bytes
 	BootID         string
 	Log            *slog.Logger
 	Metrics        prometheus.Registerer // may be nil
@@ -178,11 +181,17 @@ func (s *Set) Update(pod *corev1.Pod) {
 		w.post(func() { w.seen(pod) })
 		return
 	}
+	s.mu.Unlock()
+	node := s.nodeFor(pod)
+	s.mu.Lock()
 	if s.ctx.Err() != nil {
 		s.mu.Unlock()
 		return
 	}
 	w = newWorker(s, pod, s.found[pod.UID])
+	if s.found[pod.UID] == nil && pod.Status.StartTime == nil && pod.DeletionTimestamp == nil {
+		s.admit(w, node)
+	}
 	delete(s.found, pod.UID)
 	s.workers[pod.UID] = w
 	s.wg.Add(1)
@@ -194,6 +203,36 @@ func (s *Set) Update(pod *corev1.Pod) {
 		delete(s.workers, pod.UID)
 		s.mu.Unlock()
 	}()
+}
+
+// nodeFor is the Node to judge a new pod by. Its labels may have changed a moment ago, and the pod been bound for that:
+// before they are held against a pod they are read again.
+func (s *Set) nodeFor(pod *corev1.Pod) *corev1.Node {
+	node := s.cfg.Node()
+	if node == nil || matches(pod, node) {
+		return node
+	}
+	fresh, err := s.cfg.Client.CoreV1().Nodes().Get(s.ctx, node.Name, metav1.GetOptions{})
+	if err != nil {
+		return node
+	}
+	return fresh
+}
+
+// admit has a new pod refused that this node cannot take. s.mu is held: of two pods one comes first.
+func (s *Set) admit(w *worker, node *corev1.Node) {
+	others := make([]*corev1.Pod, 0, len(s.workers))
+	for _, o := range s.workers {
+		if !o.out.Load() {
+			others = append(others, o.shown.Load())
+		}
+	}
+	if w.refused = admit(w.pod, node, others, s.cfg.Allocatable, s.cfg.Terms); w.refused == nil {
+		return
+	}
+	w.out.Store(true)
+	s.event(w.pod, "", corev1.EventTypeWarning, w.refused.Reason, "%s", w.refused.Message)
+	s.cfg.Log.Warn("pod is refused", "pod", w.pod.Namespace+"/"+w.pod.Name, "reason", w.refused.Reason, "message", w.refused.Message)
 }
 
 // Delete tells that the API no longer has the pod.

@@ -14,6 +14,7 @@ import (
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
 
 	"skep.io/skep/node/runtime"
+	"skep.io/skep/node/volumes"
 )
 
 // Reasons that users know from kubelet.
@@ -30,6 +31,15 @@ func status(pod *corev1.Pod, o *Observed) corev1.PodStatus {
 	v := look(pod, o)
 	s := *pod.Status.DeepCopy()
 	ending := v.ending()
+	if r := o.Refused; r != nil && !podutil.IsPodPhaseTerminal(s.Phase) {
+		// Nothing of it was ever there: no containers, no conditions (kubelet: rejectPod).
+		s.ObservedGeneration, s.QOSClass = pod.Generation, qos.GetPodQOS(pod)
+		s.Phase, s.Reason, s.Message = corev1.PodFailed, r.Reason, "Pod was rejected: "+r.Message
+		return s
+	}
+	if podutil.IsPodPhaseTerminal(s.Phase) && len(o.Containers) == 0 && len(s.ContainerStatuses) == 0 {
+		return s // refused, or ended by somebody else before it began
+	}
 
 	s.ObservedGeneration = pod.Generation
 	s.InitContainerStatuses = v.containerStatuses(pod.Spec.InitContainers, true, ending)
@@ -141,6 +151,9 @@ func (v *view) containerStatus(c *corev1.Container, init, ending bool) corev1.Co
 	if prev != nil && prev.State == runtime.Exited {
 		s.LastTerminationState.Terminated = v.terminated(prev)
 	}
+	if u := l.User; u != nil {
+		s.User = &corev1.ContainerUser{Linux: &corev1.LinuxContainerUser{UID: u.UID, GID: u.GID, SupplementalGroups: u.Groups}}
+	}
 	switch l.State {
 	case runtime.Running:
 		s.State.Running = &corev1.ContainerStateRunning{StartedAt: stamp(l.StartedAt)}
@@ -249,8 +262,8 @@ func (v *view) containerMounts(c *corev1.Container, s *corev1.ContainerStatus) {
 		ms := corev1.VolumeMountStatus{Name: m.Name, MountPath: m.MountPath, ReadOnly: m.ReadOnly}
 		if m.ReadOnly {
 			rro := corev1.RecursiveReadOnlyDisabled
-			if m.RecursiveReadOnly != nil {
-				rro = *m.RecursiveReadOnly
+			if volumes.Recursive(&m) {
+				rro = corev1.RecursiveReadOnlyEnabled
 			}
 			ms.RecursiveReadOnly = &rro
 		}

@@ -22,6 +22,7 @@ import (
 type worker struct {
 	set   *Set
 	shown atomic.Pointer[corev1.Pod] // for look-ups by others
+	out   atomic.Bool                // it takes nothing of the node any more: refused, over, or deleted
 
 	mu     sync.Mutex
 	posted []func()
@@ -29,6 +30,7 @@ type worker struct {
 
 	pod        *corev1.Pod
 	gone       bool
+	refused    *refusal
 	startTime  time.Time
 	stopTime   time.Time
 	box        *sandbox.Sandbox
@@ -288,7 +290,7 @@ func containersOf(pod *corev1.Pod) []*corev1.Container {
 
 func (w *worker) observe() *Observed {
 	return &Observed{
-		Now: time.Now(), BootID: w.set.cfg.BootID, StartTime: w.startTime, StopTime: w.stopTime, Gone: w.gone,
+		Now: time.Now(), BootID: w.set.cfg.BootID, StartTime: w.startTime, StopTime: w.stopTime, Gone: w.gone, Refused: w.refused,
 		Sandbox: w.box, SandboxFailure: w.boxFailure, Volumes: w.volumes, Containers: w.containers,
 		Starting: w.starting, Starts: w.starts, Images: w.images, Probes: w.probes, Messages: w.messages,
 		NodeIPs: addressesOf(w.set.cfg.NodeIPs),

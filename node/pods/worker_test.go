@@ -282,7 +282,7 @@ func newBench(t *testing.T, h *host, client *fake.Clientset) *bench {
 		NodeName: "n", NodeIPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, Client: client, Runtime: h, Images: imageStore{},
 		Sandboxes: boxes{h}, Volumes: mounts{h}, Objects: noObjects{}, Prober: h, Recorder: b.events,
 		ResolvConf: func(*corev1.Pod) ([]byte, error) { return nil, nil }, Dir: t.TempDir(), LogsDir: t.TempDir(),
-		ClusterDomain: "cluster.local", MemoryCapacity: 1 << 30, BootID: "boot", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		ClusterDomain: "cluster.local", Node: func() *corev1.Node { return nil }, MemoryCapacity: 1 << 30, BootID: "boot", Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -46,6 +46,7 @@ type definition struct {
 	StopSignal   string
 	Cgroup       string
 	NetNS        string
+	User         *User
 }
 
 // GetTypeUrl and GetValue make a definition something that containerd stores.
@@ -104,7 +105,7 @@ func (c *container) public() Container {
 		ID: c.id, PodUID: c.def.PodUID, PodNamespace: c.def.PodNamespace, PodName: c.def.PodName, Name: c.def.Name,
 		Attempt: c.def.Attempt, Image: c.def.Image, ImageID: c.def.ImageID, State: s.State, PID: s.PID, ExitCode: s.ExitCode,
 		OOMKilled: s.OOMKilled, Reason: s.Reason, Message: s.Message, CreatedAt: c.def.CreatedAt, StartedAt: s.StartedAt,
-		FinishedAt: s.FinishedAt, LogPath: c.def.LogPath, Annotations: maps.Clone(c.def.Annotations), Cgroup: c.def.Cgroup,
+		FinishedAt: s.FinishedAt, LogPath: c.def.LogPath, Annotations: maps.Clone(c.def.Annotations), Cgroup: c.def.Cgroup, User: c.def.User,
 	}
 }
 

@@ -56,7 +56,7 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 		PodUID: spec.PodUID, PodNamespace: spec.PodNamespace, PodName: spec.PodName, Name: spec.Name, Attempt: spec.Attempt,
 		Image: spec.Image, ImageID: image.public().Digest, CreatedAt: time.Now(), LogPath: spec.LogPath, Annotations: maps.Clone(spec.Annotations),
 		TTY: spec.TTY, Stdin: spec.Stdin, StdinOnce: spec.StdinOnce, StopSignal: image.config.StopSignal,
-		Cgroup: path.Join("/", spec.CgroupParent, id),
+		Cgroup: path.Join("/", spec.CgroupParent, id), User: userOf(s.Process.User),
 	}
 	if spec.Sandbox != nil {
 		def.NetNS = spec.Sandbox.NetNS
@@ -69,6 +69,14 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 	r.containers[id] = c
 	r.mu.Unlock()
 	return id, nil
+}
+
+func userOf(u specs.User) *User {
+	out := &User{UID: int64(u.UID), GID: int64(u.GID)}
+	for _, g := range u.AdditionalGids {
+		out.Groups = append(out.Groups, int64(g))
+	}
+	return out
 }
 
 // record writes snapshot and container to containerd.

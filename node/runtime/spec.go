@@ -224,9 +224,12 @@ func mountsOf(c ContainerSpec, privileged bool) (mounts []specs.Mount, rootPropa
 		default:
 			options = append(options, "rprivate")
 		}
-		if m.ReadOnly {
+		switch {
+		case m.ReadOnly && m.Recursive:
+			options = append(options, "rro")
+		case m.ReadOnly:
 			options = append(options, "ro")
-		} else {
+		default:
 			options = append(options, "rw")
 		}
 		mine = append(mine, specs.Mount{Destination: path.Join("/", m.ContainerPath), Type: "bind", Source: m.HostPath, Options: options})

@@ -20,7 +20,9 @@ type Mount struct {
 	HostPath      string
 	ContainerPath string
 	ReadOnly      bool
-	Propagation   corev1.MountPropagationMode
+	// Recursive makes what is mounted below read-only too (mount_setattr(2), Linux 5.12).
+	Recursive   bool
+	Propagation corev1.MountPropagationMode
 }
 
 // ContainerSpec is everything that makes one container: variables are expanded, volumes exist.
@@ -90,6 +92,13 @@ type Container struct {
 	LogPath      string
 	Annotations  map[string]string
 	Cgroup       string // relative to each hierarchy's root
+	User         *User  // who its first process began as; nil where an earlier agent did not note it
+}
+
+// User is a process's identity.
+type User struct {
+	UID, GID int64
+	Groups   []int64 // supplemental ones
 }
 
 // Image is one image on this node.

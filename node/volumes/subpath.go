@@ -41,10 +41,17 @@ func (v *Volumes) ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand f
 		out = append(out, Mount{
 			HostPath: host, ContainerPath: containerPath(m.MountPath), Propagation: propagation(m),
 			// What shows objects is never writable: an update would throw the writes away.
-			ReadOnly: m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil,
+			ReadOnly:  m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil,
+			Recursive: Recursive(m),
 		})
 	}
 	return out, nil
+}
+
+// Recursive reports whether a mount is read-only with all that is mounted below it. Every kernel that skep runs on can
+// do that, so "if possible" means it is done.
+func Recursive(m *corev1.VolumeMount) bool {
+	return m.ReadOnly && m.RecursiveReadOnly != nil && *m.RecursiveReadOnly != corev1.RecursiveReadOnlyDisabled
 }
 
 func containerPath(p string) string {

@@ -51,6 +51,7 @@ type Mount struct {
 	HostPath      string
 	ContainerPath string
 	ReadOnly      bool
+	Recursive     bool // read-only with all that is mounted below
 	Propagation   corev1.MountPropagationMode
 }
 

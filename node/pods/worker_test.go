@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
@@ -387,6 +388,37 @@ func TestWorkerFromCreationToTheEnd(t *testing.T) {
 	b.until("the pod is gone", func() bool { return b.get("p") == nil })
 	b.until("nothing is left", b.empty)
 	b.until("its worker has ended", func() bool { return len(b.set.Pods()) == 0 })
+}
+
+// What a pod had is free for another as soon as the API no longer counts it: when it is gone, or over.
+func TestWorkerPlaceIsFreeAtOnce(t *testing.T) {
+	defer goleak.VerifyNone(t)
+	b := newBench(t, newHost(), fake.NewClientset())
+	defer b.stop()
+	b.set.cfg.Allocatable = corev1.ResourceList{corev1.ResourcePods: resource.MustParse("1")}
+	for i := range 20 {
+		name, deleted := fmt.Sprintf("p%d", i), i%2 == 0
+		b.create(pod(named(name), main("c"), policy(corev1.RestartPolicyNever)))
+		if deleted {
+			b.until("it is ready", func() bool { return ready(b.get(name)) })
+			b.mark(name, deleting(0))
+			b.until("it is gone", func() bool { return b.get(name) == nil })
+			continue
+		}
+		b.until("it runs", func() bool {
+			c := b.host.list(types.UID("uid-" + name))
+			return len(c) == 1 && c[0].State == runtime.Running
+		})
+		b.host.end("uid-"+name+"-c-0", 0)
+		b.until("it is over", func() bool { return b.get(name).Status.Phase == corev1.PodSucceeded })
+	}
+	b.create(pod(named("first"), main("c")))
+	b.until("it is ready", func() bool { return ready(b.get("first")) })
+	b.create(pod(named("second"), main("c")))
+	b.until("a pod too many is refused", func() bool {
+		p := b.get("second")
+		return p.Status.Phase == corev1.PodFailed && p.Status.Reason == "OutOfpods"
+	})
 }
 
 // Whatever fails now and then, pods come up in the end, and go.

@@ -3,7 +3,6 @@
 package dataplane
 
 import (
-	"context"
 	"net/netip"
 	"strings"
 	"sync"
@@ -122,10 +121,4 @@ func (f flowNames) Policies(set uint32, namespace, pod, direction string) (polic
 // readFlow gives an event its names.
 func (d *Dataplane) readFlow(e *maps.FlowEvent, now flows.Moment) flows.Flow {
 	return flows.Read(e, d.cfg.NodeName, flowNames{d}, now)
-}
-
-// Flows gives the last drops and new connections of this node to each, oldest first, and with follow those to
-// come until ctx ends.
-func (d *Dataplane) Flows(ctx context.Context, follow bool, each func(flows.Flow) error) error {
-	return d.log.Recent(ctx, follow, each)
 }

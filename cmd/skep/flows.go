@@ -108,7 +108,7 @@ func nodeNames(ctx context.Context, client kubernetes.Interface, only string) ([
 
 // askNode asks a node's API through the API server, which decides who may.
 func askNode[T any](ctx context.Context, client kubernetes.Interface, node, what string, params map[string]string, each func(T) error) error {
-	req := client.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix(inspect.Path + what)
+	req := client.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix(inspect.Root + what)
 	for k, v := range params {
 		req = req.Param(k, v)
 	}

@@ -71,6 +71,8 @@ func ownCommands(streams genericiooptions.IOStreams) []*cobra.Command {
 		newTokenCommand(streams),
 		newStatusCommand(streams),
 		newFlowsCommand(streams),
+		newNetCommand(streams),
+		newTraceCommand(streams),
 		newCheckCommand(streams),
 		newResetCommand(streams),
 		newVersionCommand(streams),

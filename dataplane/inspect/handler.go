@@ -12,24 +12,32 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"strconv"
 
 	"skep.io/skep/dataplane/flows"
+	"skep.io/skep/dataplane/maps"
 )
 
-// Path is where the node's API has it.
-const Path = "/net/"
+// Root is where the node's API has it.
+const Root = "/net/"
 
 // Source is a node's data plane.
 type Source interface {
 	// Flows gives the last events to each, oldest first, and with follow those to come.
 	Flows(ctx context.Context, follow bool, each func(flows.Flow) error) error
+	Frontends() ([]Frontend, error)
+	Backends() ([]Backend, error)
+	Endpoints() ([]Endpoint, error)
+	PolicySets() ([]PolicySet, error)
+	Connections() ([]Connection, error)
+	Trace(Question) (Trace, error)
 }
 
-// Handler answers below Path: each with one JSON object a line.
+// Handler answers below Root: each with one JSON object a line.
 func Handler(s Source) http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+Path+"flows", func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("GET "+Root+"flows", func(w http.ResponseWriter, r *http.Request) {
 		follow, err := strconv.ParseBool(r.FormValue("follow"))
 		if err != nil && r.FormValue("follow") != "" {
 			http.Error(w, "follow: true or false", http.StatusBadRequest)
@@ -38,7 +46,58 @@ func Handler(s Source) http.Handler {
 		l := newLines(w, follow)
 		l.end(r, s.Flows(r.Context(), follow, func(f flows.Flow) error { return l.write(f) }))
 	})
+	mux.HandleFunc("GET "+Root+"services", list(s.Frontends))
+	mux.HandleFunc("GET "+Root+"backends", list(s.Backends))
+	mux.HandleFunc("GET "+Root+"endpoints", list(s.Endpoints))
+	mux.HandleFunc("GET "+Root+"policy", list(s.PolicySets))
+	mux.HandleFunc("GET "+Root+"conntrack", list(s.Connections))
+	mux.HandleFunc("GET "+Root+"trace", func(w http.ResponseWriter, r *http.Request) {
+		q, err := question(r)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		list(func() ([]Trace, error) {
+			t, err := s.Trace(q)
+			return []Trace{t}, err
+		})(w, r)
+	})
 	return mux
+}
+
+// list answers with what read gives.
+func list[T any](read func() ([]T, error)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		l := newLines(w, false)
+		all, err := read()
+		for i := 0; err == nil && i < len(all); i++ {
+			err = l.write(&all[i])
+		}
+		l.end(r, err)
+	}
+}
+
+// question reads ?from=ADDRESS&to=ADDRESS:PORT&protocol=TCP; without from the node itself asks.
+func question(r *http.Request) (q Question, err error) {
+	if from := r.FormValue("from"); from != "" {
+		if q.From, err = netip.ParseAddr(from); err != nil {
+			return q, fmt.Errorf("from: %w", err)
+		}
+	}
+	if q.To, err = netip.ParseAddrPort(r.FormValue("to")); err != nil {
+		return q, fmt.Errorf("to: %w", err)
+	}
+	switch p := r.FormValue("protocol"); p {
+	case "", "TCP":
+		q.Protocol = maps.TCP
+	case "UDP":
+		q.Protocol = maps.UDP
+	case "SCTP":
+		q.Protocol = maps.SCTP
+	default:
+		return q, fmt.Errorf("protocol: %q is none of TCP, UDP and SCTP", p)
+	}
+	return q, nil
 }
 
 // lines writes objects, and an error as the last of them: the status has long been sent by then.

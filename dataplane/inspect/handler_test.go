@@ -13,6 +13,7 @@ import (
 )
 
 type source struct {
+	Source
 	flows []flows.Flow
 	err   error
 }

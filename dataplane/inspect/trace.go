@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package inspect
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"skep.io/skep/dataplane/flows"
+	"skep.io/skep/dataplane/maps"
+)
+
+// Question is a connection that somebody may want to open.
+type Question struct {
+	From     netip.Addr // of a pod of this node, or elsewhere; invalid: this node itself asks
+	To       netip.AddrPort
+	Protocol uint8
+	// PortMin and PortMax bound the NodePorts.
+	PortMin, PortMax uint16
+}
+
+// Trace says what becomes of it on this node, and why.
+type Trace struct {
+	Node     string        `json:"node"`
+	From     flows.Peer    `json:"from"`
+	To       flows.Peer    `json:"to"`
+	Protocol string        `json:"protocol"`
+	Service  *Frontend     `json:"service,omitempty"` // that .To is an address of
+	Verdict  flows.Verdict `json:"verdict,omitempty"` // empty: it depends on which backend is chosen
+	Reason   string        `json:"reason,omitempty"`
+	Paths    []Path        `json:"paths,omitempty"` // one for each backend, or the only one
+	Advice   []string      `json:"advice,omitempty"`
+}
+
+// Path leads to one address.
+type Path struct {
+	To      flows.Peer    `json:"to"`
+	Egress  *Judgement    `json:"egress,omitempty"` // by the policies of the asking pod, if it is of this node
+	Ingress *Judgement    `json:"ingress,omitempty"`
+	Route   string        `json:"route"`
+	Away    bool          `json:"away,omitempty"` // the other node judges what comes in to its pods
+	Verdict flows.Verdict `json:"verdict"`
+	Reason  string        `json:"reason,omitempty"`
+}
+
+// Judgement of policies.
+type Judgement struct {
+	State    string   `json:"state"` // Open, Judged or Closed
+	Policies []string `json:"policies,omitempty"`
+	Allowed  bool     `json:"allowed"`
+	Why      string   `json:"why,omitempty"`
+}
+
+// Tables are what the programs read; *maps.Maps is the real one.
+type Tables interface {
+	Service(maps.ServiceKey) (maps.Service, bool, error)
+	BackendsOf(maps.Service) ([]maps.Backend, error)
+	Endpoint(netip.Addr) (maps.Endpoint, bool, error)
+	Range(netip.Addr) (kind uint32, found bool, err error)
+	IsNodeAddress(netip.Addr) (bool, error)
+	PolicySets(slot uint32) (maps.PolicySets, error)
+	Peer(scope uint32, a netip.Addr) (uint32, error)
+	Allows(set, peer uint32, proto uint8, port uint16) (bool, error)
+}
+
+// Route says which way the node's stack sends what goes to an address; an error that it refuses.
+type Route func(to netip.Addr) (string, error)
+
+type tracer struct {
+	Tables
+	names flows.Names
+	route Route
+	node  string
+	q     Question
+}
+
+// Explain looks up what the programs look up, in their order.
+func Explain(q Question, node string, tables Tables, names flows.Names, route Route) (out Trace, err error) {
+	q.From, q.To = q.From.Unmap(), netip.AddrPortFrom(q.To.Addr().Unmap(), q.To.Port())
+	t := &tracer{tables, names, route, node, q}
+	out = Trace{Node: node, Protocol: flows.Protocol(q.Protocol), To: peerOf(names, q.To.Addr(), q.To.Port(), node)}
+	if q.From.IsValid() {
+		out.From = peerOf(names, q.From, 0, node)
+	} else {
+		out.From.Node = node
+	}
+	service, found, err := t.frontend()
+	if err != nil {
+		return out, err
+	}
+	targets := []netip.AddrPort{q.To}
+	if found {
+		all, err := t.BackendsOf(service)
+		if err != nil {
+			return out, err
+		}
+		f := Frontends(snapshotOf(service, all), names)[0]
+		out.Service, targets = &f, f.Backends
+		if len(targets) == 0 {
+			out.Verdict, out.Reason = flows.Refused, "no-backend"
+			out.Advice = []string{fmt.Sprintf("Service %s/%s has no endpoint that serves: look at `skep get endpointslices -n %s -l kubernetes.io/service-name=%s` and at its selector.",
+				f.Namespace, f.Service, f.Namespace, f.Service)}
+			return out, nil
+		}
+	} else if dead, err := t.dead(q.To.Addr()); err != nil || dead {
+		out.Verdict, out.Reason = flows.Refused, "no-such-address"
+		out.Advice = []string{fmt.Sprintf("Nobody in the cluster has the address %s with port %d: no Service, and no pod of node %s.", q.To.Addr(), q.To.Port(), node)}
+		return out, err
+	}
+	for _, to := range targets {
+		p, advice, err := t.path(to)
+		if err != nil {
+			return out, err
+		}
+		out.Paths = append(out.Paths, p)
+		if advice != "" && !slices.Contains(out.Advice, advice) {
+			out.Advice = append(out.Advice, advice)
+		}
+	}
+	out.Verdict, out.Reason = Sum(out.Paths)
+	return out, nil
+}
+
+// Sum is the verdict of all paths if they agree.
+func Sum(paths []Path) (verdict flows.Verdict, reason string) {
+	if len(paths) == 0 {
+		return "", ""
+	}
+	verdict, reason = paths[0].Verdict, paths[0].Reason
+	for _, p := range paths {
+		if p.Verdict != verdict {
+			return "", "depends on the backend"
+		}
+	}
+	return verdict, reason
+}
+
+func snapshotOf(s maps.Service, backends []maps.Backend) maps.Snapshot {
+	out := maps.Snapshot{Services: map[maps.ServiceKey]maps.Service{s.Key: s}, Slots: map[maps.SlotKey]uint32{}, Backends: map[uint32]maps.Backend{}}
+	for i, b := range backends {
+		out.Slots[maps.SlotKey{Service: s.ID, Generation: s.Generation, Slot: uint32(i)}], out.Backends[uint32(i)] = uint32(i), b
+	}
+	return out
+}
+
+// frontend is what a socket would be translated by; asked from outside, what the host's programs would.
+func (t *tracer) frontend() (maps.Service, bool, error) {
+	to := t.q.To
+	k := maps.ServiceKey{Addr: maps.AddressOf(to.Addr()), Port: maps.PortOf(to.Port()), Proto: t.q.Protocol, Scope: maps.ScopeInternal}
+	if t.q.From.IsValid() {
+		_, here, err := t.Endpoint(t.q.From)
+		if err != nil {
+			return maps.Service{}, false, err
+		}
+		if !here {
+			k.Scope = maps.ScopeExternal
+		}
+	}
+	s, found, err := t.Tables.Service(k)
+	if err != nil || found || to.Port() < t.q.PortMin || to.Port() > t.q.PortMax {
+		return s, found, err
+	}
+	own, err := t.IsNodeAddress(to.Addr())
+	if err != nil || !own && (t.q.From.IsValid() || !to.Addr().IsLoopback()) {
+		return s, false, err
+	}
+	wildcard := netip.IPv4Unspecified()
+	if to.Addr().Is6() {
+		wildcard = netip.IPv6Unspecified()
+	}
+	k.Addr = maps.AddressOf(wildcard)
+	return t.Tables.Service(k)
+}
+
+// dead is address_is_dead of bpf/endpoints.h.
+func (t *tracer) dead(a netip.Addr) (bool, error) {
+	kind, found, err := t.Range(a)
+	if err != nil || !found || kind == maps.RangeOpen {
+		return false, err
+	}
+	_, here, err := t.Endpoint(a)
+	return kind == maps.RangeService || !here, err
+}
+
+// path is permitted of bpf/policy.h, and what comes after it.
+func (t *tracer) path(to netip.AddrPort) (p Path, advice string, err error) {
+	p = Path{To: peerOf(t.names, to.Addr(), to.Port(), t.node), Verdict: flows.Forwarded}
+	_, here, err := t.Endpoint(to.Addr())
+	if err != nil {
+		return p, "", err
+	}
+	if p.Route, err = t.way(to.Addr(), here); err != nil {
+		p.Verdict, p.Reason = flows.Refused, "no-route"
+		return p, fmt.Sprintf("Node %s knows no way to %s: %v.", t.node, to.Addr(), err), nil
+	}
+	if !t.q.From.IsValid() || t.q.From == to.Addr() {
+		p.Away = !here && p.To.Node == ""
+		return p, "", nil // what the node itself sends passes, and what a pod sends to itself
+	}
+	_, local, err := t.Endpoint(t.q.From)
+	if err != nil {
+		return p, "", err
+	}
+	if local {
+		if p.Egress, err = t.judge(t.q.From, to.Addr(), to.Port(), "egress"); err != nil {
+			return p, "", err
+		}
+		if !p.Egress.Allowed {
+			if own, err := t.answers(to.Addr()); err != nil {
+				return p, "", err
+			} else if own {
+				p.Egress.Allowed, p.Egress.Why = true, "a pod may always reach its node"
+			}
+		}
+		if !p.Egress.Allowed {
+			p.Verdict, p.Reason = flows.Dropped, reasonOf(p.Egress, "policy-egress")
+			return p, t.advise(p.Egress, "egress", t.q.From, to), nil
+		}
+	}
+	if !here {
+		p.Away = true
+		return p, "", nil
+	}
+	if p.Ingress, err = t.judge(to.Addr(), t.q.From, to.Port(), "ingress"); err != nil {
+		return p, "", err
+	}
+	if !p.Ingress.Allowed {
+		p.Verdict, p.Reason = flows.Dropped, reasonOf(p.Ingress, "policy-ingress")
+		return p, t.advise(p.Ingress, "ingress", to.Addr(), netip.AddrPortFrom(t.q.From, to.Port())), nil
+	}
+	return p, "", nil
+}
+
+func reasonOf(j *Judgement, otherwise string) string {
+	if j.State == Closed {
+		return j.Why
+	}
+	return otherwise
+}
+
+// answers is to_this_node of bpf/policy.h.
+func (t *tracer) answers(a netip.Addr) (bool, error) {
+	own, err := t.IsNodeAddress(a)
+	if err != nil || own {
+		return own, err
+	}
+	kind, found, err := t.Range(a)
+	return found && kind == maps.RangeOpen, err
+}
+
+// judge is set_allows of bpf/policy.h for one direction of a pod.
+func (t *tracer) judge(pod, peer netip.Addr, port uint16, direction string) (*Judgement, error) {
+	e, _, err := t.Endpoint(pod)
+	if err != nil {
+		return nil, err
+	}
+	sets, err := t.PolicySets(e.Slot)
+	if err != nil {
+		return nil, err
+	}
+	set := sets.Ingress
+	if direction == "egress" {
+		set = sets.Egress
+	}
+	j := &Judgement{State: stateOf(set), Allowed: set == 0}
+	if set == 0 {
+		return j, nil
+	}
+	namespace, name, _ := t.names.Pod(pod)
+	j.Policies, j.Why = t.names.Policies(set, namespace, name, direction)
+	if set == maps.PolicyClosed {
+		return j, nil
+	}
+	for _, scope := range []uint32{0, maps.EpochOf(set), set} {
+		identity := uint32(maps.PeerAny)
+		if scope != 0 {
+			if identity, err = t.Peer(scope, peer); err != nil {
+				return nil, err
+			}
+			if identity == 0 {
+				continue
+			}
+		}
+		if j.Allowed, err = t.Allows(set, identity, t.q.Protocol, port); err != nil || j.Allowed {
+			return j, err
+		}
+	}
+	return j, nil
+}
+
+// advise says what to change.
+func (t *tracer) advise(j *Judgement, direction string, pod netip.Addr, peer netip.AddrPort) string {
+	who := peerOf(t.names, pod, 0, t.node)
+	other := peerOf(t.names, peer.Addr(), 0, t.node)
+	list := strings.Join(j.Policies, ", ")
+	switch {
+	case j.State == Closed && len(j.Policies) > 0:
+		return fmt.Sprintf("Pod %s is closed (%s) as long as a policy cannot be put into force: see `skep describe networkpolicy` of %s.", text(&who), direction, list)
+	case j.State == Closed:
+		return fmt.Sprintf("Pod %s is closed until its policies are known: if that lasts, see the log of node %s.", text(&who), t.node)
+	case direction == "egress":
+		return fmt.Sprintf("Policies isolate what pod %s sends, and none of them lets it reach %s at port %d/%s: add an egress rule to one of %s.",
+			text(&who), text(&other), peer.Port(), flows.Protocol(t.q.Protocol), list)
+	}
+	return fmt.Sprintf("Policies isolate pod %s, and none of them lets %s in to port %d/%s: add an ingress rule to one of %s.",
+		text(&who), text(&other), peer.Port(), flows.Protocol(t.q.Protocol), list)
+}
+
+func text(p *flows.Peer) string {
+	switch {
+	case p.Pod != "":
+		return p.Namespace + "/" + p.Pod
+	case p.Node != "":
+		return "node " + p.Node
+	}
+	return p.Address.String()
+}
+
+func (t *tracer) way(to netip.Addr, here bool) (string, error) {
+	if here {
+		e, _, err := t.Endpoint(to)
+		if err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("straight to the pod's device (index %d)", e.Ifindex), nil
+	}
+	if own, err := t.answers(to); err != nil || own {
+		return "the node itself answers", err
+	}
+	return t.route(to)
+}

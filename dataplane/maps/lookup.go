@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package maps
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+)
+
+// Lookups as the programs do them, for those who explain what the programs decide.
+
+func lookup(m *ebpf.Map, name string, key, value any) (found bool, err error) {
+	switch err := m.Lookup(key, value); {
+	case errors.Is(err, ebpf.ErrKeyNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("map %s: %w", name, err)
+	}
+	return true, nil
+}
+
+// Service finds a frontend.
+func (m *Maps) Service(k ServiceKey) (s Service, found bool, err error) {
+	found, err = lookup(m.services, "services", &k, &s)
+	return s, found, err
+}
+
+// BackendsOf lists what a frontend leads to. A change meanwhile may leave some out.
+func (m *Maps) BackendsOf(s Service) (out []Backend, err error) {
+	for slot := range s.Count {
+		var id uint32
+		var b Backend
+		found, err := lookup(m.slots, "slots", &SlotKey{s.ID, s.Generation, slot}, &id)
+		if err == nil && found {
+			found, err = lookup(m.backends, "backends", &id, &b)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if found {
+			out = append(out, b)
+		}
+	}
+	return out, nil
+}
+
+// Range says in which kind of range an address is.
+func (m *Maps) Range(a netip.Addr) (kind uint32, found bool, err error) {
+	k := RangeOf(netip.PrefixFrom(a, a.BitLen()))
+	found, err = lookup(m.ranges, "ranges", &k, &kind)
+	return kind, found, err
+}
+
+// IsNodeAddress says whether it is one of the node's own.
+func (m *Maps) IsNodeAddress(a netip.Addr) (bool, error) {
+	var one uint32
+	k := AddressOf(a)
+	return lookup(m.nodeAddresses, "node_addresses", &k, &one)
+}
+
+// Peer finds which peer an address is in a scope; 0 is none.
+func (m *Maps) Peer(scope uint32, a netip.Addr) (peer uint32, err error) {
+	k := IdentityKeyOf(scope, netip.PrefixFrom(a, a.BitLen()))
+	_, err = lookup(m.identities, "identities", &k, &peer)
+	return peer, err
+}
+
+// Allows says whether a set has an entry for the peer, by whatever rule.
+func (m *Maps) Allows(set, peer uint32, proto uint8, port uint16) (bool, error) {
+	var rule uint32
+	return lookup(m.policy, "policy", &PolicyKey{Bits: PolicyBitsPort, Set: set, Peer: peer, Proto: proto, Port: PortOf(port)}, &rule)
+}
+
+// ReadPolicy reads what every set lets every peer do, and which addresses are which peers.
+func (m *Maps) ReadPolicy() (policy map[PolicyKey]uint32, identities map[IdentityKey]uint32, err error) {
+	if policy, err = walk[PolicyKey, uint32](m.policy); err != nil {
+		return nil, nil, fmt.Errorf("map policy: %w", err)
+	}
+	if identities, err = walk[IdentityKey, uint32](m.identities); err != nil {
+		return nil, nil, fmt.Errorf("map identities: %w", err)
+	}
+	return policy, identities, nil
+}
+
+// Prefix converts to netip.
+func (k IdentityKey) Prefix() netip.Prefix {
+	bits := int(k.Bits) - 32
+	a := k.Addr.Addr()
+	if a.Is4() && bits >= 96 {
+		return netip.PrefixFrom(a, bits-96)
+	}
+	return netip.PrefixFrom(netip.AddrFrom16(k.Addr), bits)
+}

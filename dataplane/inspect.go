@@ -84,7 +84,7 @@ func (d *Dataplane) Connections() ([]inspect.Connection, error) {
 
 // Trace says what would become of a connection, by the tables that the programs read.
 func (d *Dataplane) Trace(q inspect.Question) (inspect.Trace, error) {
-	q.PortMin, q.PortMax = d.cfg.NodePortRange.First, d.cfg.NodePortRange.Last
+	q.Self = d.cfg.NodeIPs
 	return inspect.Explain(q, d.cfg.NodeName, d.maps, flowNames{d}, route)
 }
 

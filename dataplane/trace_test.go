@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -33,6 +34,11 @@ func TestTraceAgreesWithTheKernel(t *testing.T) {
 		serve(t, pods[name].ns, name, 9090)
 	}
 	web, none := n.service("web", nil, pods["b"]), n.service("none", nil)
+	n.service("ranged", func(s *corev1.Service) {
+		s.Spec.Type = corev1.ServiceTypeLoadBalancer
+		s.Spec.LoadBalancerSourceRanges = []string{pods["a"].v4().String() + "/32", pods["a"].v6().String() + "/128"}
+		s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: lbV4.String()}, {IP: lbV6.String()}}
+	}, pods["c"])
 	n.answers(0, "tcp", web.v4, "b")
 	nobody := serviceCIDRs[0].Addr().As4()
 	nobody[2], nobody[3] = 98, 98
@@ -43,7 +49,7 @@ func TestTraceAgreesWithTheKernel(t *testing.T) {
 		}
 		targets = append(targets, web.at(nodeIP[i]), none.at(nodeIP[i]))
 	}
-	targets = append(targets, web.v4, web.v6, none.v4, none.v6, at(netip.AddrFrom4(nobody), 80), at(podCIDRs[0].Addr().Next().Next(), 8080))
+	targets = append(targets, at(lbV4, 80), at(lbV6, 80), web.v4, web.v6, none.v4, none.v6, at(netip.AddrFrom4(nobody), 80), at(podCIDRs[0].Addr().Next().Next(), 8080))
 
 	peers := func() (out []networkingv1.NetworkPolicyPeer) {
 		for range rng.IntN(3) {

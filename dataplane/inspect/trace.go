@@ -17,8 +17,7 @@ type Question struct {
 	From     netip.Addr // of a pod of this node, or elsewhere; invalid: this node itself asks
 	To       netip.AddrPort
 	Protocol uint8
-	// PortMin and PortMax bound the NodePorts.
-	PortMin, PortMax uint16
+	Self     []netip.Addr // this node's, by which a Service's source ranges know it
 }
 
 // Trace says what becomes of it on this node, and why.
@@ -56,6 +55,7 @@ type Judgement struct {
 // Tables are what the programs read; *maps.Maps is the real one.
 type Tables interface {
 	Service(maps.ServiceKey) (maps.Service, bool, error)
+	Admits(maps.Service, netip.Addr) (bool, error)
 	BackendsOf(maps.Service) ([]maps.Backend, error)
 	Endpoint(netip.Addr) (maps.Endpoint, bool, error)
 	Range(netip.Addr) (kind uint32, found bool, err error)
@@ -86,7 +86,7 @@ func Explain(q Question, node string, tables Tables, names flows.Names, route Ro
 	} else {
 		out.From.Node = node
 	}
-	service, found, err := t.frontend()
+	service, external, found, err := t.frontend()
 	if err != nil {
 		return out, err
 	}
@@ -98,6 +98,16 @@ func Explain(q Question, node string, tables Tables, names flows.Names, route Ro
 		}
 		f := Frontends(snapshotOf(service, all), names)[0]
 		out.Service, targets = &f, f.Backends
+		if ok, err := t.admitted(service); err != nil {
+			return out, err
+		} else if !ok {
+			out.Verdict, out.Reason = flows.Refused, "source-range"
+			if external {
+				out.Verdict = flows.Dropped
+			}
+			out.Advice = []string{fmt.Sprintf("The loadBalancerSourceRanges of Service %s/%s do not hold %s: add it, or ask from elsewhere.", f.Namespace, f.Service, text(&out.From))}
+			return out, nil
+		}
 		if len(targets) == 0 {
 			out.Verdict, out.Reason = flows.Refused, "no-backend"
 			out.Advice = []string{fmt.Sprintf("Service %s/%s has no endpoint that serves: look at `skep get endpointslices -n %s -l kubernetes.io/service-name=%s` and at its selector.",
@@ -145,33 +155,44 @@ func snapshotOf(s maps.Service, backends []maps.Backend) maps.Snapshot {
 	return out
 }
 
+// admitted is service_admits of bpf/services.h.
+func (t *tracer) admitted(s maps.Service) (bool, error) {
+	client := t.q.From
+	for _, a := range t.q.Self {
+		if !client.IsValid() && a.Is4() == t.q.To.Addr().Is4() {
+			client = a
+		}
+	}
+	return t.Admits(s, client)
+}
+
 // frontend is what a socket would be translated by; asked from outside, what the host's programs would.
-func (t *tracer) frontend() (maps.Service, bool, error) {
+func (t *tracer) frontend() (s maps.Service, external, found bool, err error) {
 	to := t.q.To
 	k := maps.ServiceKey{Addr: maps.AddressOf(to.Addr()), Port: maps.PortOf(to.Port()), Proto: t.q.Protocol, Scope: maps.ScopeInternal}
 	if t.q.From.IsValid() {
 		_, here, err := t.Endpoint(t.q.From)
 		if err != nil {
-			return maps.Service{}, false, err
+			return s, false, false, err
 		}
-		if !here {
+		if external = !here; external {
 			k.Scope = maps.ScopeExternal
 		}
 	}
-	s, found, err := t.Tables.Service(k)
-	if err != nil || found || to.Port() < t.q.PortMin || to.Port() > t.q.PortMax {
-		return s, found, err
+	if s, found, err = t.Tables.Service(k); err != nil || found {
+		return s, external, found, err
 	}
 	own, err := t.IsNodeAddress(to.Addr())
 	if err != nil || !own && (t.q.From.IsValid() || !to.Addr().IsLoopback()) {
-		return s, false, err
+		return s, external, false, err
 	}
 	wildcard := netip.IPv4Unspecified()
 	if to.Addr().Is6() {
 		wildcard = netip.IPv6Unspecified()
 	}
 	k.Addr = maps.AddressOf(wildcard)
-	return t.Tables.Service(k)
+	s, found, err = t.Tables.Service(k)
+	return s, external, found, err
 }
 
 // dead is address_is_dead of bpf/endpoints.h.

@@ -28,6 +28,19 @@ func (m *Maps) Service(k ServiceKey) (s Service, found bool, err error) {
 	return s, found, err
 }
 
+// Admits says whether a client may use a frontend.
+func (m *Maps) Admits(s Service, client netip.Addr) (bool, error) {
+	if s.Flags&ServiceRanges == 0 {
+		return true, nil
+	}
+	if !client.IsValid() {
+		return false, nil
+	}
+	var one uint32
+	k := SourceRangeOf(s.ID, s.Generation, netip.PrefixFrom(client, client.BitLen()))
+	return lookup(m.sourceRanges, "source_ranges", &k, &one)
+}
+
 // BackendsOf lists what a frontend leads to. A change meanwhile may leave some out.
 func (m *Maps) BackendsOf(s Service) (out []Backend, err error) {
 	for slot := range s.Count {

@@ -16,4 +16,4 @@ if [ ! -x "$skep" ]; then
   exit 1
 fi
 "$skep" reset --yes
-rm -f /var/log/skep.log
+rm -f /var/log/skep.log /var/log/skep-*.log /var/log/skep.err

@@ -8,6 +8,7 @@ need_root
 
 skep=$PWD/.build/bin/skep
 log=/var/log/skep.log
+words=/var/log/skep.err
 data=/var/lib/skep
 
 say "Host"
@@ -30,12 +31,13 @@ if [ -n "$pid" ] && ! cmp -s "/proc/$pid/exe" "$skep"; then
   pid=
 fi
 if [ -z "$pid" ]; then
-  setsid "$skep" server >>"$log" 2>&1 </dev/null &
+  # The log file is rotated; what goes to standard error is a server's last words.
+  setsid "$skep" server --log-file "$log" >"$words" 2>&1 </dev/null &
   pid=$!
 fi
 if ! "$skep" status --wait 2m >/dev/null; then
   echo "skep server did not become ready; the end of $log:" >&2
-  tail -n 20 "$log" >&2
+  tail -q -n 20 "$log" "$words" >&2
   exit 1
 fi
 done_with "process $pid, log in $log"

@@ -10,8 +10,28 @@ import (
 	"strings"
 
 	"github.com/containerd/log"
+	"gopkg.in/natefinch/lumberjack.v2"
 	"k8s.io/klog/v2"
 )
+
+// logFiles is how many rotated log files stay beside the current one.
+const logFiles = 3
+
+// logOutput is where the process logs to: standard error, or a file of mode 0600 that is rotated when it
+// has maxSize megabytes. A file that cannot be written is an error now, not when there is something to say.
+func logOutput(stderr io.Writer, path string, maxSize int) (io.Writer, error) {
+	if path == "" {
+		return stderr, nil
+	}
+	if maxSize <= 0 {
+		return nil, fmt.Errorf("--log-file-max-size: %d is not a number of megabytes", maxSize)
+	}
+	file := &lumberjack.Logger{Filename: path, MaxSize: maxSize, MaxBackups: logFiles}
+	if _, err := file.Write(nil); err != nil {
+		return nil, fmt.Errorf("--log-file: %w", err)
+	}
+	return file, nil
+}
 
 // newLogger makes the process's one logger and sends klog's lines (upstream's libraries) through it.
 func newLogger(out io.Writer, level, format string) (*slog.Logger, error) {

@@ -32,6 +32,8 @@ type nodeOptions struct {
 	unsafeSysctls     []string
 	logLevel          string
 	logFormat         string
+	logFile           string
+	logFileMaxSize    int
 }
 
 func (o *nodeOptions) addFlags(f *pflag.FlagSet, configPath string) {
@@ -45,6 +47,8 @@ func (o *nodeOptions) addFlags(f *pflag.FlagSet, configPath string) {
 	f.StringSliceVar(&o.unsafeSysctls, "allowed-unsafe-sysctls", nil, "Kernel settings beside the safe ones that pods may have; a name may end in an asterisk")
 	f.StringVar(&o.logLevel, "log-level", "info", "One of debug, info, warn, error")
 	f.StringVar(&o.logFormat, "log-format", "text", "One of text, json")
+	f.StringVar(&o.logFile, "log-file", "", "File to log to, instead of standard error; it is rotated, and the last three are kept")
+	f.IntVar(&o.logFileMaxSize, "log-file-max-size", 50, "Megabytes after which the log file is rotated")
 }
 
 // prepare reads the configuration file, makes the log and looks whether this host can run skep. Its
@@ -60,7 +64,11 @@ func (o *nodeOptions) prepare(cmd *cobra.Command, streams genericiooptions.IOStr
 			return nil, fail("%w", err)
 		}
 	}
-	log, err := newLogger(streams.ErrOut, o.logLevel, o.logFormat)
+	out, err := logOutput(streams.ErrOut, o.logFile, o.logFileMaxSize)
+	if err != nil {
+		return nil, fail("%w", err)
+	}
+	log, err := newLogger(out, o.logLevel, o.logFormat)
 	if err != nil {
 		return nil, fail("%w", err)
 	}

@@ -65,6 +65,7 @@ enum range {
 	RANGE_OPEN = 0,	   /* an exception: the node answers it */
 	RANGE_SERVICE = 1, /* only frontends are alive */
 	RANGE_PODS = 2,	   /* this node's pods: only endpoints are alive */
+	RANGE_CLUSTER = 3, /* pods of all nodes: who is alive elsewhere is not known here */
 };
 
 struct range_key {
@@ -87,9 +88,18 @@ static __always_inline bool address_is_dead(const struct address *a)
 	struct range_key key = {.bits = 128, .addr = *a};
 	__u32 *range = bpf_map_lookup_elem(&ranges, &key);
 
-	if (!range || *range == RANGE_OPEN)
+	if (!range || *range == RANGE_OPEN || *range == RANGE_CLUSTER)
 		return false;
 	return *range == RANGE_SERVICE || !bpf_map_lookup_elem(&endpoints, a);
+}
+
+/* Whether this is a pod's address on another node. */
+static __always_inline bool address_is_remote_pod(const struct address *a)
+{
+	struct range_key key = {.bits = 128, .addr = *a};
+	__u32 *range = bpf_map_lookup_elem(&ranges, &key);
+
+	return range && *range == RANGE_CLUSTER;
 }
 
 static __always_inline const struct node *this_node(void)

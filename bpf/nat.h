@@ -111,6 +111,10 @@ __global int nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
 		 * node's own namespace answers here anyway, and the stack would refuse a packet
 		 * that claims to come from the node. */
 		forward->to.saddr = p->v4 ? self->address_v4 : self->address_v6;
+		/* A pod elsewhere answers to an address in the pods' ranges by the way that this
+		 * packet came, to the node's by whatever way its node has. */
+		if (address_is_remote_pod(&b->addr))
+			forward->to.saddr = p->v4 ? self->gateway_v4 : self->gateway_v6;
 		forward->flags |= FLOW_SOURCE_IS_NODE;
 	} else if (address_equal(&b->addr, &p->tuple.saddr)) {
 		/* Hairpin: a pod drops packets that come from itself. */

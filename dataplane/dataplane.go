@@ -34,9 +34,10 @@ type Config struct {
 	NodeName                   string
 	NodeIPs                    []netip.Addr // the first of each family is lent to translated packets
 	ClusterCIDRs, ServiceCIDRs []netip.Prefix
-	ClusterDNS                 []netip.Addr // on skep0, answered by this node
-	CgroupPath                 string       // a cgroup2 directory; processes below it get socket translation
-	BPFDir                     string       // default api.BPFDir
+	ClusterDNS                 []netip.Addr    // on skep0, answered by this node
+	CgroupPath                 string          // a cgroup2 directory; processes below it get socket translation
+	BPFDir                     string          // default api.BPFDir
+	Routing                    network.Routing // default network.VXLAN
 	Informers                  informers.SharedInformerFactory
 	Events                     record.EventRecorder // for policies that cannot be put into force; may be nil
 	Log                        *slog.Logger
@@ -52,12 +53,14 @@ type Dataplane struct {
 	policies   *policy.Controller
 	synced     chan struct{}
 	collectors []prometheus.Collector
+	peers      *peers
 	flows      atomic.Int64 // tracked at the last collection
 	names      names
 	log        *flows.Log
 
 	mu       sync.Mutex // of all below, and of everything that changes links or the network
 	podCIDRs []netip.Prefix
+	told     map[string]string // peers that cannot be reached, and why, as it was logged
 }
 
 // keptFlows is how many events a node remembers.
@@ -69,6 +72,9 @@ func New(ctx context.Context, cfg Config) (*Dataplane, error) {
 	if cfg.BPFDir == "" {
 		cfg.BPFDir = api.BPFDir
 	}
+	if cfg.Routing == "" {
+		cfg.Routing = network.VXLAN
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -77,6 +83,10 @@ func New(ctx context.Context, cfg Config) (*Dataplane, error) {
 		return nil, fmt.Errorf("data plane: %w", err)
 	}
 	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps(), synced: make(chan struct{})}
+	if d.peers, err = newPeers(cfg); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("data plane: %w", err)
+	}
 	if err := d.start(ctx); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("data plane: %w", err)
@@ -243,6 +253,9 @@ func (d *Dataplane) configure(ctx context.Context, rules bool) error {
 		err = network.Configure(ctx, cfg, d.podCIDRs)
 	} else {
 		err = network.ConfigureLinks(cfg, d.podCIDRs)
+	}
+	if err == nil {
+		err = d.syncPeersLocked()
 	}
 	if err == nil {
 		err = d.syncNodeLocked()

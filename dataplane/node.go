@@ -5,6 +5,7 @@ package dataplane
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -36,6 +37,10 @@ func (d *Dataplane) syncNodeLocked() error {
 		}
 	}
 	addrs, devices := nodeAddresses(d.cfg.NodeIPs, have)
+	// Answers to connections that this node handed on to another come back through the tunnel.
+	if tunnel, err := netlink.LinkByName(network.Tunnel); err == nil {
+		devices = append(devices, tunnel.Attrs().Index)
+	}
 	if err := d.maps.SetNodeAddresses(addrs); err != nil {
 		return err
 	}
@@ -122,6 +127,9 @@ func ranges(cfg Config, podCIDRs []netip.Prefix) map[netip.Prefix]uint32 {
 	for _, p := range cfg.ServiceCIDRs {
 		out[p.Masked()] = maps.RangeService
 	}
+	for _, p := range cfg.ClusterCIDRs {
+		out[p.Masked()] = maps.RangeCluster
+	}
 	for _, p := range podCIDRs {
 		out[p.Masked()] = maps.RangePods
 		gateway := network.Gateway(p)
@@ -136,15 +144,16 @@ func ranges(cfg Config, podCIDRs []netip.Prefix) map[netip.Prefix]uint32 {
 // repairInterval bounds how long a flushed netfilter chain stays so: netfilter tells nobody.
 const repairInterval = time.Minute
 
-// events of the node's network. A channel that could not be had is nil: the repair interval remains.
+// events of the node's network and of the other nodes. A channel that could not be had is nil: the repair interval remains.
 type events struct {
 	addrs  chan netlink.AddrUpdate
 	routes chan netlink.RouteUpdate
 	links  chan netlink.LinkUpdate
+	neighs chan netlink.NeighUpdate
 }
 
 func (d *Dataplane) subscribe(ctx context.Context) events {
-	e := events{make(chan netlink.AddrUpdate, 64), make(chan netlink.RouteUpdate, 64), make(chan netlink.LinkUpdate, 64)}
+	e := events{make(chan netlink.AddrUpdate, 64), make(chan netlink.RouteUpdate, 64), make(chan netlink.LinkUpdate, 64), make(chan netlink.NeighUpdate, 64)}
 	fail := func(err error) {
 		if ctx.Err() == nil {
 			d.cfg.Log.Warn("watching the node's network", "err", err)
@@ -161,6 +170,10 @@ func (d *Dataplane) subscribe(ctx context.Context) events {
 	if err := netlink.LinkSubscribeWithOptions(e.links, ctx.Done(), netlink.LinkSubscribeOptions{ErrorCallback: fail}); err != nil {
 		fail(err)
 		e.links = nil
+	}
+	if err := netlink.NeighSubscribeWithOptions(e.neighs, ctx.Done(), netlink.NeighSubscribeOptions{ErrorCallback: fail}); err != nil {
+		fail(err)
+		e.neighs = nil
 	}
 	return e
 }
@@ -185,21 +198,44 @@ func (d *Dataplane) watchNode(ctx context.Context, e events) {
 			if !ok {
 				e.routes = nil
 			}
-			if !ok || r.Type != unix.RTM_DELROUTE || r.Route.Type != unix.RTN_UNREACHABLE {
+			if !ok || r.Type != unix.RTM_DELROUTE || !network.OwnsRoute(r.Route) {
 				continue
 			}
 		case l, ok := <-e.links:
 			if !ok {
 				e.links = nil
 			}
-			if !ok || l.Header.Type != unix.RTM_DELLINK || l.Attrs().Name != network.Device {
+			if !ok || !d.mattersAsLink(l) {
 				continue
 			}
+		case n, ok := <-e.neighs:
+			if !ok {
+				e.neighs = nil
+			}
+			if !ok || n.Type != unix.RTM_DELNEIGH || !isTunnel(n.LinkIndex) {
+				continue
+			}
+		case <-d.peers.changed:
 		case <-tick.C:
 			rules = true
 		}
 		d.repair(ctx, rules)
 	}
+}
+
+// mattersAsLink: skep's own devices, whatever becomes of them, and devices with the node's addresses, whose
+// routes the kernel drops without a word when they go down.
+func (d *Dataplane) mattersAsLink(l netlink.LinkUpdate) bool {
+	if name := l.Attrs().Name; name == network.Device || name == network.Tunnel {
+		return l.Header.Type == unix.RTM_DELLINK || l.Attrs().Flags&net.FlagUp == 0
+	}
+	hosts, err := d.loader.Hosts()
+	return err == nil && slices.Contains(hosts, l.Attrs().Index)
+}
+
+func isTunnel(index int) bool {
+	l, err := netlink.LinkByName(network.Tunnel)
+	return err == nil && l.Attrs().Index == index
 }
 
 func (d *Dataplane) isPodDevice(index int) bool {

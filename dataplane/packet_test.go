@@ -348,6 +348,36 @@ func TestPacketNodePort(t *testing.T) {
 	})
 }
 
+// A backend on another node gets the pods' gateway as the client, so that its answer takes the pods' way; one
+// outside the cluster gets the node's address.
+func TestPacketNodePortElsewhere(t *testing.T) {
+	elsewhere := [2]netip.Addr{netip.MustParseAddr("10.142.7.9"), netip.MustParseAddr("fd73:6b65:a042:7::9")}
+	outside := [2]netip.Addr{netip.MustParseAddr("203.0.113.9"), netip.MustParseAddr("2001:db8:1::9")}
+	each(t, func(t *testing.T, r *rig, i int, s segment) {
+		cfg := Config{ClusterCIDRs: clusterCIDRs, ServiceCIDRs: serviceCIDRs}
+		if err := r.Maps().SetRanges(ranges(cfg, podCIDRs)); err != nil {
+			t.Fatal(err)
+		}
+		for port, c := range []struct{ backend, client [2]netip.Addr }{{elsewhere, gateway}, {outside, nodeIP}, {podA, nodeIP}} {
+			r.backends(t, c.backend)
+			s.from, s.to = at(client[i], uint16(4000+port)), at(nodeIP[i], 30080)
+			_, out := r.run(t, "from_outside", s.bytes())
+			from := source(t, out)
+			if from.Addr() != c.client[i] {
+				t.Errorf("backend %s: the client is %s", c.backend[i], from)
+			}
+			want := s
+			want.from, want.to = from, at(c.backend[i], 8080)
+			same(t, out, want)
+			answer := s
+			answer.from, answer.to = at(c.backend[i], 8080), from
+			_, out = r.run(t, "from_outside", answer.bytes())
+			answer.from, answer.to = at(nodeIP[i], 30080), s.from
+			same(t, out, answer)
+		}
+	})
+}
+
 func TestPacketLocalPolicy(t *testing.T) {
 	each(t, func(t *testing.T, r *rig, i int, s segment) {
 		s.from, s.to = at(client[i], 4000), at(nodeIP[i], 30081)

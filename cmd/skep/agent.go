@@ -62,6 +62,7 @@ func (a *agent) start(ctx context.Context) error {
 	a.dataplane, err = dataplane.New(ctx, dataplane.Config{
 		NodeName: a.nodeName, NodeIPs: a.nodeIPs,
 		ClusterCIDRs: a.cluster.clusterCIDRs, ServiceCIDRs: a.cluster.serviceCIDRs, ClusterDNS: a.cluster.clusterDNS,
+		Routing:    a.cluster.routing,
 		CgroupPath: cgroup2, Informers: a.access.informers, Events: a.nodeEvents(ctx), Log: a.log.With("part", "dataplane"), Metrics: a.metrics,
 	})
 	if err != nil {
@@ -103,10 +104,14 @@ func (a *agent) parts() []part {
 
 // newNode starts the container runtime; the node registers itself when it runs.
 func (a *agent) newNode(ctx context.Context) (*node.Agent, error) {
+	mtu, err := a.dataplane.PodMTU()
+	if err != nil {
+		return nil, err
+	}
 	return node.New(ctx, node.Config{
 		NodeName: a.nodeName, NodeIPs: a.nodeIPs, Client: a.access.node, Informers: a.access.informers,
 		DataDir: a.dataDir, ImagesDir: a.imagesDir, ClusterDNS: a.cluster.clusterDNS, ClusterDomain: a.cluster.clusterDomain,
-		Network: a.dataplane, RuntimeConfig: runtime.Config{ContainerdAddress: a.containerdAddress},
+		Network: a.dataplane, MTU: mtu, RuntimeConfig: runtime.Config{ContainerdAddress: a.containerdAddress},
 		UnsafeSysctls: a.unsafeSysctls, ServeAPI: a.serveNodeAPI, Log: a.log.With("part", "node"), Metrics: a.metrics,
 	})
 }

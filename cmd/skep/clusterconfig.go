@@ -35,6 +35,7 @@ func (c clusterSettings) data() map[string]string {
 		"service-cluster-ip-range": joinPrefixes(c.serviceCIDRs),
 		"service-node-port-range":  c.nodePortRange.String(),
 		"cluster-domain":           c.clusterDomain,
+		"routing":                  string(c.routing),
 		"ingress-http-port":        strconv.Itoa(int(c.ingressHTTPPort)),
 		"ingress-https-port":       strconv.Itoa(int(c.ingressHTTPSPort)),
 	}
@@ -53,7 +54,7 @@ func clusterFrom(data map[string]string, hasIPv6 bool) (clusterSettings, error) 
 	var o serverOptions
 	for key, target := range map[string]*string{
 		"cluster-cidr": &o.clusterCIDR, "service-cluster-ip-range": &o.serviceCIDR,
-		"service-node-port-range": &o.nodePortRange, "cluster-domain": &o.clusterDomain,
+		"service-node-port-range": &o.nodePortRange, "cluster-domain": &o.clusterDomain, "routing": &o.routing,
 	} {
 		*target = data[key]
 	}

@@ -17,6 +17,7 @@ import (
 	"k8s.io/cli-runtime/pkg/genericiooptions"
 
 	"skep.io/skep/api"
+	"skep.io/skep/dataplane/network"
 	"skep.io/skep/node/hostcheck"
 )
 
@@ -104,6 +105,7 @@ type clusterSettings struct {
 	clusterDNS       []netip.Addr
 	ingressHTTPPort  uint16
 	ingressHTTPSPort uint16
+	routing          network.Routing
 }
 
 // host is what complete needs to know of the machine.

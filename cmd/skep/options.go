@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"skep.io/skep/api"
+	"skep.io/skep/dataplane/network"
 )
 
 // serverOptions are the flags of `skep server`; every one is also a key of its YAML file.
@@ -30,6 +31,7 @@ type serverOptions struct {
 	writeKubeconfig  string
 	ingressHTTPPort  int
 	ingressHTTPSPort int
+	routing          string
 }
 
 func (o *serverOptions) addFlags(f *pflag.FlagSet) {
@@ -43,6 +45,7 @@ func (o *serverOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.nodePortRange, "service-node-port-range", "30000-32767", "Ports that services of type NodePort may get")
 	f.StringVar(&o.clusterDomain, "cluster-domain", api.DefaultClusterDomain, "Domain of the cluster's names")
 	f.StringVar(&o.writeKubeconfig, "write-kubeconfig", api.KubeconfigPath, "Where the administrator's client configuration is written, mode 0600")
+	f.StringVar(&o.routing, "routing", string(network.VXLAN), "How nodes reach each other's pods: vxlan, on every network; direct, where all nodes are on one link")
 	f.IntVar(&o.ingressHTTPPort, "ingress-http-port", 80, "Port of every node on which the ingress answers HTTP")
 	f.IntVar(&o.ingressHTTPSPort, "ingress-https-port", 443, "Port of every node on which the ingress answers HTTPS")
 }
@@ -114,6 +117,9 @@ func (o *serverOptions) cluster(hasIPv6 bool) (clusterSettings, error) {
 	}
 
 	var err error
+	if s.routing, err = network.ParseRouting(o.routing); err != nil {
+		bad("routing", "%w", err)
+	}
 	if s.clusterCIDRs, err = parseRanges(o.clusterCIDR, hasIPv6, 22, 56); err != nil {
 		bad("cluster-cidr", "%w", err)
 	}

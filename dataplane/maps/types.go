@@ -141,6 +141,7 @@ const (
 	RangeOpen    = 0 // the node answers it
 	RangeService = 1 // only frontends are alive
 	RangePods    = 2 // only this node's endpoints are alive
+	RangeCluster = 3 // pods of all nodes
 )
 
 // RangeKey is a prefix; Bits counts from the start of the 16 bytes.

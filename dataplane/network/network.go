@@ -163,6 +163,9 @@ func unreachable(p netip.Prefix) *netlink.Route {
 // protocolSkep marks routes as skep's, so that Cleanup finds them whatever the ranges were.
 const protocolSkep netlink.RouteProtocol = 0x5b
 
+// OwnsRoute tells skep's own routes.
+func OwnsRoute(r netlink.Route) bool { return r.Protocol == protocolSkep }
+
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
@@ -220,13 +223,5 @@ func Cleanup(ctx context.Context) error {
 			}
 		}
 	}
-	device, err := netlink.LinkByName(Device)
-	if err == nil {
-		err = netlink.LinkDel(device)
-	}
-	var missing netlink.LinkNotFoundError
-	if err != nil && !errors.As(err, &missing) {
-		errs = append(errs, fmt.Errorf("device %s: %w", Device, err))
-	}
-	return errors.Join(append(errs, removeRules(ctx))...)
+	return errors.Join(append(errs, removeLink(Device), removeLink(Tunnel), removeRules(ctx))...)
 }

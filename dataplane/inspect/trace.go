@@ -198,7 +198,7 @@ func (t *tracer) frontend() (s maps.Service, external, found bool, err error) {
 // dead is address_is_dead of bpf/endpoints.h.
 func (t *tracer) dead(a netip.Addr) (bool, error) {
 	kind, found, err := t.Range(a)
-	if err != nil || !found || kind == maps.RangeOpen {
+	if err != nil || !found || kind == maps.RangeOpen || kind == maps.RangeCluster {
 		return false, err
 	}
 	_, here, err := t.Endpoint(a)

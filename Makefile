@@ -23,7 +23,7 @@ ROOT := @echo 'This needs root, and there is no sudo here: run the same command 
 endif
 endif
 
-.PHONY: help build run test bench generate lint fmt clean images
+.PHONY: help build run dist test bench generate lint fmt clean images
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test: ## Run every test; the kernel is real, so this needs root
 
 bench: ## Measure speed, memory and scale beside peers; prints the table of docs/benchmarks.md
 	$(ROOT) ./scripts/bench.sh
+
+dist: ## Build archives for amd64 and arm64 with checksums, the same bytes everywhere, into .build/dist
+	./scripts/dist.sh $(BUILD)/dist '$(VERSION)' '$(LDFLAGS)'
 
 generate: ## Compile the BPF programs (clang-19) and regenerate their Go bindings
 	./scripts/generate.sh

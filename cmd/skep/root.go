@@ -69,6 +69,8 @@ func ownCommands(streams genericiooptions.IOStreams) []*cobra.Command {
 		newServerCommand(streams),
 		newAgentCommand(streams),
 		newTokenCommand(streams),
+		newInstallCommand(streams),
+		newUninstallCommand(streams),
 		newStatusCommand(streams),
 		newFlowsCommand(streams),
 		newNetCommand(streams),

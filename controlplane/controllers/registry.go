@@ -88,12 +88,12 @@ func own() []entry {
 		{"csrapproval", account("certificate-controller"), func(_ context.Context, e env) (run, error) {
 			return started(csrapproval.New(e.deps, slices.Concat(e.cfg.ClusterCIDRs, e.cfg.ServiceCIDRs)))
 		}},
-		{"loadbalancer", "", func(_ context.Context, e env) (run, error) {
+		{"loadbalancer", account("service-controller"), func(_ context.Context, e env) (run, error) {
 			pools, err := poolReader(e.cfg)
 			if err != nil {
 				return nil, err
 			}
-			return started(loadbalancer.New(e.deps, pools, e.cfg.ReservedPorts))
+			return started(loadbalancer.New(e.deps, e.cfg.Client, pools, e.cfg.ReservedPorts))
 		}},
 		{"podgc", account("pod-garbage-collector"), func(_ context.Context, e env) (run, error) {
 			return started(podgc.New(e.deps, e.cfg.TerminatedPods, podgc.Quarantine))

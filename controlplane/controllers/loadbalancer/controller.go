@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/dynamic/dynamicinformer"
+	"k8s.io/client-go/kubernetes"
 	corelisters "k8s.io/client-go/listers/core/v1"
 	discoverylisters "k8s.io/client-go/listers/discovery/v1"
 	"k8s.io/client-go/tools/cache"
@@ -34,10 +35,11 @@ const everything = "addresses"
 // Controller gives addresses to Services and takes them back.
 type Controller struct {
 	runner.Deps
-	queue    *runner.Queue
-	recorder record.EventRecorder
-	reserved map[int32]string
-	pools    dynamic.Interface // nil where there is no API server, as in some tests
+	queue     *runner.Queue
+	recorder  record.EventRecorder
+	reserved  map[int32]string
+	bootstrap kubernetes.Interface
+	pools     dynamic.Interface // nil where there is no API server, as in some tests
 
 	services corelisters.ServiceLister
 	nodes    corelisters.NodeLister
@@ -48,12 +50,13 @@ type Controller struct {
 	told     map[types.UID]string      // the last problem an event spoke of; only the one worker uses it
 }
 
-// New registers the controller with the shared informers. pools reads AddressPools. reserved are the nodes' ports
+// New registers the controller with the shared informers. bootstrap makes the definition of AddressPools, and pools
+// reads them. reserved are the nodes' ports
 // that no Service gets at the nodes' addresses, with the name of whoever has them.
-func New(deps runner.Deps, pools dynamic.Interface, reserved map[int32]string) (*Controller, error) {
+func New(deps runner.Deps, bootstrap kubernetes.Interface, pools dynamic.Interface, reserved map[int32]string) (*Controller, error) {
 	core, discovery := deps.Informers.Core().V1(), deps.Informers.Discovery().V1()
 	c := &Controller{
-		Deps: deps, pools: pools, reserved: reserved, recorder: deps.Recorder("load-balancer-controller"),
+		Deps: deps, bootstrap: bootstrap, pools: pools, reserved: reserved, recorder: deps.Recorder("load-balancer-controller"),
 		services: core.Services().Lister(), nodes: core.Nodes().Lister(), slices: discovery.EndpointSlices().Lister(),
 		told: map[types.UID]string{},
 	}
@@ -140,7 +143,7 @@ func (c *Controller) Run(ctx context.Context) error {
 // install creates or updates the definition of AddressPools, and returns once the resource is served.
 func (c *Controller) install(ctx context.Context) error {
 	const path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/addresspools.skep.io"
-	rest := c.Client.Discovery().RESTClient()
+	rest := c.bootstrap.Discovery().RESTClient()
 	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
 		err := rest.Patch(types.ApplyYAMLPatchType).AbsPath(path).Param("fieldManager", "skep").Param("force", "true").
 			SetHeader("Accept", "application/json").Body(v1alpha1.AddressPoolsCRD).Do(ctx).Error()

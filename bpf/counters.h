@@ -27,6 +27,8 @@ enum counter {
 	COUNT_EVENTS_SUPPRESSED,  /* over their budget */
 	COUNT_EVENTS_LOST,	  /* without room in the ring */
 	COUNT_DROP_SOURCE_RANGE,  /* the client is in none of the service's source ranges */
+	COUNT_BYTES_POD_EGRESS,	  /* of the packets counted above, with their Ethernet headers */
+	COUNT_BYTES_POD_INGRESS,
 	COUNT_MAX,
 };
 
@@ -38,11 +40,16 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } counters SEC(".maps");
 
-static __always_inline void count(enum counter what)
+static __always_inline void count_more(enum counter what, __u64 more)
 {
 	__u32 index = what;
 	__u64 *n = bpf_map_lookup_elem(&counters, &index);
 
 	if (n)
-		*n += 1; /* per CPU, and BPF programs of one CPU rarely nest: a lost tick is fine */
+		*n += more; /* per CPU, and BPF programs of one CPU rarely nest: a lost tick is fine */
+}
+
+static __always_inline void count(enum counter what)
+{
+	count_more(what, 1);
 }

@@ -49,6 +49,7 @@ int from_pod(struct __sk_buff *skb)
 	enum parsed parsed = parse(skb, &p);
 
 	count(COUNT_POD_EGRESS);
+	count_more(COUNT_BYTES_POD_EGRESS, skb->len);
 	if (parsed == PARSED_PORTS) {
 		f = flow_find(&p.tuple, &reversed);
 		/* A flow that this device was found to be the source of needs no second look. */
@@ -120,6 +121,7 @@ int to_pod(struct __sk_buff *skb)
 	struct flow *f;
 
 	count(COUNT_POD_INGRESS);
+	count_more(COUNT_BYTES_POD_INGRESS, skb->len);
 	switch (parse(skb, &p)) {
 	case PARSED_PORTS:
 		break;

@@ -157,7 +157,18 @@ func (d *Dataplane) register(context.Context) error {
 	tracked := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "skep_dataplane_flows", Help: "Flows tracked when last collected.",
 	}, func() float64 { return float64(d.flows.Load()) })
-	for _, c := range []prometheus.Collector{flows.NewCollector(d.maps.Counters), tracked} {
+	capacity := d.maps.Capacity()
+	room := float64(capacity["conntrack_tcp"]) + float64(capacity["conntrack_udp"])
+	pressure := func(name string, used func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "skep_dataplane_map_pressure", Help: "Entries of a BPF map as a share of what fits.", ConstLabels: prometheus.Labels{"map": name},
+		}, used)
+	}
+	for _, c := range []prometheus.Collector{
+		flows.NewCollector(d.maps.Counters), tracked,
+		pressure("conntrack", func() float64 { return float64(d.flows.Load()) / room }),
+		pressure("endpoints", func() float64 { return float64(d.names.addresses()) / float64(capacity["endpoints"]) }),
+	} {
 		if err := d.cfg.Metrics.Register(c); err != nil {
 			return fmt.Errorf("metrics: %w", err)
 		}

@@ -78,6 +78,18 @@ func (n *names) remove(e Endpoint) {
 	}
 }
 
+// addresses is how many pods of the node have.
+func (n *names) addresses() (count int) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.pods {
+		if !p.gone {
+			count++
+		}
+	}
+	return count
+}
+
 // flowNames is what the node knows of the numbers in events.
 type flowNames struct{ d *Dataplane }
 

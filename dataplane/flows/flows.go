@@ -37,6 +37,8 @@ var Counters = []Counter{
 	{events, eventsHelp, prometheus.Labels{"result": "over-budget"}},
 	{events, eventsHelp, prometheus.Labels{"result": "ring-full"}},
 	{drops, dropsHelp, prometheus.Labels{"reason": "source-range"}},
+	{bytes, bytesHelp, prometheus.Labels{"path": "from-pod"}},
+	{bytes, bytesHelp, prometheus.Labels{"path": "to-pod"}},
 }
 
 const (
@@ -44,6 +46,8 @@ const (
 	connectionsHelp = "Sockets' requests for a service's address."
 	packets         = "skep_dataplane_packets_total"
 	packetsHelp     = "Packets by the way they took."
+	bytes           = "skep_dataplane_bytes_total"
+	bytesHelp       = "Bytes of packets by the way they took, with Ethernet headers. What is redirected between pods was from one."
 	drops           = "skep_dataplane_drops_total"
 	dropsHelp       = "Packets dropped, by reason."
 	events          = "skep_dataplane_flow_events_total"

@@ -64,6 +64,8 @@ type Controller struct {
 	pruned    bool
 	told      map[types.NamespacedName]string // problems with events
 	past      map[dropLabels]uint64           // drops of sets that are gone
+
+	applied prometheus.Histogram
 }
 
 // task is an object to look at; without a kind, what is left to be done of earlier ones.
@@ -93,7 +95,7 @@ func NewController(cfg Config) (*Controller, error) {
 	}
 	c := &Controller{
 		cfg: cfg, complete: make(chan struct{}), cluster: &cluster{}, unclaimed: map[uint32]bool{},
-		told: map[types.NamespacedName]string{}, past: map[dropLabels]uint64{},
+		told: map[types.NamespacedName]string{}, past: map[dropLabels]uint64{}, applied: newApplied(),
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[task](time.Millisecond, 30*time.Second)),
 	}
 	c.table = NewTable(c.cluster, cfg.Limits, state)
@@ -237,6 +239,7 @@ func (c *Controller) start(ctx context.Context) error {
 
 // sync looks at one object, and does all that is left to be done.
 func (c *Controller) sync(ctx context.Context, t task) error {
+	start := time.Now()
 	var np *networkingv1.NetworkPolicy
 	if t.kind == onePolicy {
 		var err error
@@ -271,6 +274,7 @@ func (c *Controller) sync(ctx context.Context, t task) error {
 	if err := c.table.Flush(c.cfg.Kernel); err != nil {
 		return err
 	}
+	c.applied.Observe(time.Since(start).Seconds())
 	select {
 	case <-c.complete:
 	default:

@@ -29,11 +29,20 @@ func (c *Controller) remember(i SetInfo, drops uint64) {
 	}
 }
 
+func newApplied() prometheus.Histogram {
+	return prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name:    "skep_dataplane_policy_apply_seconds",
+		Help:    "Time to write the consequences of one changed NetworkPolicy, Pod or Namespace into the kernel.",
+		Buckets: prometheus.ExponentialBuckets(20e-6, 4, 9),
+	})
+}
+
 // Describe implements prometheus.Collector.
 func (c *Controller) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{dropsDesc, entriesDesc, usedDesc, problemDesc} {
 		ch <- d
 	}
+	c.applied.Describe(ch)
 }
 
 // Collect implements prometheus.Collector.
@@ -51,6 +60,7 @@ func (c *Controller) Collect(ch chan<- prometheus.Metric) {
 	for l, n := range all {
 		ch <- prometheus.MustNewConstMetric(dropsDesc, prometheus.CounterValue, float64(n), l.namespace, l.direction, l.policies)
 	}
+	c.applied.Collect(ch)
 	ch <- prometheus.MustNewConstMetric(entriesDesc, prometheus.GaugeValue, float64(c.table.entries))
 	ch <- prometheus.MustNewConstMetric(usedDesc, prometheus.GaugeValue, float64(c.table.entries)/float64(c.cfg.Limits.Entries))
 	ch <- prometheus.MustNewConstMetric(problemDesc, prometheus.GaugeValue, float64(len(c.table.Problems())))

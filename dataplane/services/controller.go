@@ -56,6 +56,7 @@ type Controller struct {
 	names  names
 
 	applied    prometheus.Histogram
+	latency    *latency
 	failures   prometheus.Counter
 	sizes      [3]atomic.Int64
 	collectors []prometheus.Collector
@@ -312,7 +313,20 @@ func (c *Controller) sync(ctx context.Context, key string) error {
 		c.cfg.Log.Info("service is programmed", "service", key)
 	}
 	c.applied.Observe(time.Since(start).Seconds())
+	c.latency.programmed(key, c.slicesOf(key), time.Now())
 	return nil
+}
+
+// slicesOf is empty if there are none, or an informer's index is not what it should be.
+func (c *Controller) slicesOf(key string) (eps []*discoveryv1.EndpointSlice) {
+	objects, err := c.slices.ByIndex(byService, key)
+	if err != nil {
+		return nil
+	}
+	for _, o := range objects {
+		eps = append(eps, o.(*discoveryv1.EndpointSlice))
+	}
+	return eps
 }
 
 // desired also puts the Service into the table, or takes it out.
@@ -391,7 +405,8 @@ func (c *Controller) register() error {
 		Name: "skep_dataplane_service_failures_total",
 		Help: "Attempts to write a Service into the kernel that failed.",
 	})
-	c.collectors = []prometheus.Collector{c.applied, c.failures}
+	c.latency = newLatency(time.Now())
+	c.collectors = []prometheus.Collector{c.applied, c.failures, c.latency.histogram}
 	for i, name := range []string{"services", "slots", "backends"} {
 		c.collectors = append(c.collectors, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "skep_dataplane_map_entries",

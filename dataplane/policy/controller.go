@@ -101,6 +101,11 @@ func NewController(cfg Config) (*Controller, error) {
 	c.table = NewTable(c.cluster, cfg.Limits, state)
 	for _, slot := range cfg.Slots {
 		c.unclaimed[slot] = true
+		sets, err := cfg.Kernel.PolicySets(slot)
+		if err != nil {
+			return nil, err
+		}
+		c.table.Inherit(slot, sets)
 	}
 	np := cfg.Informers.Networking().V1().NetworkPolicies()
 	c.policies = np.Lister()

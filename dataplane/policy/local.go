@@ -32,6 +32,10 @@ type refusal struct {
 	why      string
 }
 
+// Inherit says what a slot has that an earlier process gave to a pod. It stays in force until the pod is attached
+// again, or the slot detached: without it a table that knows of no pods yet would open all of them.
+func (t *Table) Inherit(slot uint32, has maps.PolicySets) { t.inherited[slot] = has }
+
 // Attach gives a slot to a pod of this node. has is what the kernel has there.
 func (t *Table) Attach(slot uint32, pod Local, has maps.PolicySets) {
 	before := len(t.log.actions)
@@ -50,6 +54,7 @@ func (t *Table) Expect(slot uint32, pod Local, has maps.PolicySets, adopted bool
 }
 
 func (t *Table) local(slot uint32, pod Local, has maps.PolicySets) *local {
+	delete(t.inherited, slot)
 	l, ok := t.locals[slot]
 	if ok && l.Local != pod {
 		t.release(l)
@@ -65,12 +70,16 @@ func (t *Table) local(slot uint32, pod Local, has maps.PolicySets) *local {
 // Detach takes a pod's slot back, and closes it for the next.
 func (t *Table) Detach(slot uint32) {
 	l, ok := t.locals[slot]
-	if !ok {
+	_, inherited := t.inherited[slot]
+	if !ok && !inherited {
 		return
 	}
 	before := len(t.log.actions)
-	delete(t.locals, slot)
-	t.release(l)
+	delete(t.inherited, slot)
+	if ok {
+		delete(t.locals, slot)
+		t.release(l)
+	}
 	t.settle(before)
 }
 

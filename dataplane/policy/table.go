@@ -54,6 +54,7 @@ type Table struct {
 	pods       map[types.NamespacedName]*tracked
 	owners     map[netip.Addr]types.NamespacedName // who an address in the kernel belongs to
 	locals     map[uint32]*local                   // by slot
+	inherited  map[uint32]maps.PolicySets          // by slot: of an earlier epoch, whose pods are not known yet
 	entries    int
 	info       map[uint32]SetInfo // of all sets whose drops are counted
 	former     []formerSet        // that are gone: events about them may still be unread
@@ -86,7 +87,7 @@ func NewTable(c Cluster, limits Limits, state maps.PolicyState) *Table {
 		cluster: c, limits: limits, log: newLog(), state: state, epoch: state.Epoch << 24,
 		policies: map[string]map[string]*Policy{}, sets: map[string]*set{}, identities: map[string]*identity{},
 		pods: map[types.NamespacedName]*tracked{}, owners: map[netip.Addr]types.NamespacedName{},
-		locals: map[uint32]*local{}, info: map[uint32]SetInfo{},
+		locals: map[uint32]*local{}, inherited: map[uint32]maps.PolicySets{}, info: map[uint32]SetInfo{},
 	}
 }
 
@@ -100,6 +101,9 @@ func (t *Table) settle(before int) {
 	isolated := false
 	for _, l := range t.locals {
 		isolated = isolated || l.has != maps.PolicySets{}
+	}
+	for _, has := range t.inherited {
+		isolated = isolated || has != maps.PolicySets{}
 	}
 	switch {
 	case !isolated && t.state.Version == 0, isolated && t.state.Version != 0 && len(t.log.actions) == before:

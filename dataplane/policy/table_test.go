@@ -119,7 +119,7 @@ func (w *world) verdicts(conns []model.Connection) [][2]bool {
 // programs judge as the BPF programs do, with the sets that a slot has or that a reader may still hold.
 func (k *kernel) programs(w *world, c model.Connection, sets func(slot uint32) maps.PolicySets) [2]bool {
 	out := [2]bool{true, true}
-	if c.From == c.To {
+	if c.From == c.To || k.state.Version == 0 {
 		return out
 	}
 	if p := w.pod(c.To); p != nil && strings.HasPrefix(p.Name, "l") {
@@ -365,16 +365,28 @@ func TestTableProperty(t *testing.T) {
 				})
 			default: // the process dies and another starts
 				k.state.Epoch++
+				late := rapid.Bool().Draw(t, "policies are known before pods are attached again")
 				change(func() {
 					table = NewTable(w, limits, k.state)
 					for _, p := range w.locals() {
-						table.Expect(slotOf(p), localOf(p), k.slots[slotOf(p)], true)
+						if late {
+							table.Inherit(slotOf(p), k.slots[slotOf(p)])
+						} else {
+							table.Expect(slotOf(p), localOf(p), k.slots[slotOf(p)], true)
+						}
 					}
 					for _, np := range w.Policies {
 						table.Learn(np)
 					}
 					table.ResolveAll()
 				})
+				if late {
+					change(func() {
+						for _, p := range w.locals() {
+							table.Attach(slotOf(p), localOf(p), k.slots[slotOf(p)])
+						}
+					})
+				}
 				k.prune(k.state.Epoch)
 			}
 			if rapid.Bool().Draw(t, "collect") {

@@ -29,6 +29,7 @@ enum counter {
 	COUNT_DROP_SOURCE_RANGE,  /* the client is in none of the service's source ranges */
 	COUNT_BYTES_POD_EGRESS,	  /* of the packets counted above, with their Ethernet headers */
 	COUNT_BYTES_POD_INGRESS,
+	COUNT_DROP_NO_FRONTEND,	  /* to an announced address, where no service answers */
 	COUNT_MAX,
 };
 

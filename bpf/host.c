@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 //go:build ignore
 /* The node's own devices: NodePorts and external addresses, asked from outside the node. */
+#include "announce.h"
 #include "nat.h"
 
 SEC("tcx/ingress")
@@ -14,6 +15,14 @@ int from_outside(struct __sk_buff *skb)
 	switch (parse(skb, &p)) {
 	case PARSED_PORTS:
 		break;
+	case PARSED_NOT_IP:
+		if (skb->protocol == bpf_htons(ETH_P_ARP))
+			return answer_arp(skb);
+		return TC_ACT_UNSPEC;
+	case PARSED_ADDRESSES:
+		if (!p.v4 && p.tuple.proto == IPPROTO_ICMPV6)
+			return answer_nd(skb, &p);
+		return TC_ACT_UNSPEC;
 	default:
 		return TC_ACT_UNSPEC; /* the stack knows what to make of it */
 	}
@@ -33,6 +42,12 @@ int from_outside(struct __sk_buff *skb)
 	case NAT_DROP:
 		return TC_ACT_SHOT;
 	case NAT_NONE:
+		/* The node has no such address, and would send the packet back where it came from.
+		 */
+		if (announced_on(&p.tuple.daddr, skb->ifindex)) {
+			drop(COUNT_DROP_NO_FRONTEND, &p, 0);
+			return TC_ACT_SHOT;
+		}
 		return TC_ACT_UNSPEC;
 	case NAT_TRANSLATED:
 		break;

@@ -17,6 +17,7 @@ import (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	HostMapAffinity            = "affinity"
+	HostMapAnnounced           = "announced"
 	HostMapBackends            = "backends"
 	HostMapClients             = "clients"
 	HostMapConntrackTcp        = "conntrack_tcp"
@@ -99,6 +100,7 @@ type HostProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostMapSpecs struct {
 	Affinity      *ebpf.MapSpec `ebpf:"affinity"`
+	Announced     *ebpf.MapSpec `ebpf:"announced"`
 	Backends      *ebpf.MapSpec `ebpf:"backends"`
 	Clients       *ebpf.MapSpec `ebpf:"clients"`
 	ConntrackTcp  *ebpf.MapSpec `ebpf:"conntrack_tcp"`
@@ -153,6 +155,7 @@ func (o *HostObjects) Close() error {
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostMaps struct {
 	Affinity      *ebpf.Map `ebpf:"affinity"`
+	Announced     *ebpf.Map `ebpf:"announced"`
 	Backends      *ebpf.Map `ebpf:"backends"`
 	Clients       *ebpf.Map `ebpf:"clients"`
 	ConntrackTcp  *ebpf.Map `ebpf:"conntrack_tcp"`
@@ -181,6 +184,7 @@ type HostMaps struct {
 func (m *HostMaps) Close() error {
 	return _HostClose(
 		m.Affinity,
+		m.Announced,
 		m.Backends,
 		m.Clients,
 		m.ConntrackTcp,

@@ -169,10 +169,13 @@ static long (*const bpf_l3_csum_replace)(struct __sk_buff *skb, __u32 offset, __
 					 __u64 size) = (void *)10;
 static long (*const bpf_l4_csum_replace)(struct __sk_buff *skb, __u32 offset, __u64 from, __u64 to,
 					 __u64 flags) = (void *)11;
+static long (*const bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static long (*const bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to,
 					__u32 len) = (void *)26;
 static __s64 (*const bpf_csum_diff)(__be32 *from, __u32 from_size, __be32 *to, __u32 to_size,
 				    __u32 seed) = (void *)28;
+static long (*const bpf_skb_change_tail)(struct __sk_buff *skb, __u32 len,
+					 __u64 flags) = (void *)38;
 static long (*const bpf_fib_lookup)(void *ctx, struct bpf_fib_lookup *params, int plen,
 				    __u32 flags) = (void *)69;
 static void *(*const bpf_sk_storage_get)(void *map, void *sk, void *value,

@@ -122,8 +122,9 @@ __global int nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
 		forward->flags |= FLOW_SOURCE_IS_NODE;
 	}
 	reply->flags = FLOW_TRANSLATED | FLOW_REPLY;
-	/* Answers in the name of the node's address cannot pass the stack as forwarded packets. */
-	if (bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
+	/* Answers in the name of the node's address cannot pass the stack as forwarded packets, and
+	 * those in a load balancer's would not where the reverse path is checked. */
+	if (scope == SCOPE_EXTERNAL || bpf_map_lookup_elem(&node_addresses, &p->tuple.daddr))
 		reply->flags |= FLOW_SOURCE_IS_NODE;
 	forward->last_seen = reply->last_seen = bpf_ktime_get_coarse_ns();
 	forward->service = reply->service = svc.id;

@@ -50,6 +50,7 @@ type Dataplane struct {
 	loader     *loader.Loader
 	maps       *maps.Maps
 	services   *services.Controller
+	announcer  *announcer
 	policies   *policy.Controller
 	synced     chan struct{}
 	collectors []prometheus.Collector
@@ -83,6 +84,7 @@ func New(ctx context.Context, cfg Config) (*Dataplane, error) {
 		return nil, fmt.Errorf("data plane: %w", err)
 	}
 	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps(), synced: make(chan struct{})}
+	d.announcer = newAnnouncer(d.maps, cfg.Log)
 	if d.peers, err = newPeers(cfg); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("data plane: %w", err)
@@ -101,7 +103,7 @@ func (d *Dataplane) start(ctx context.Context) error {
 	var err error
 	d.services, err = services.NewController(services.Config{
 		NodeName: d.cfg.NodeName, Informers: d.cfg.Informers, Store: d.maps, Capacity: d.maps.Capacity(),
-		Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
+		Announcer: d.announcer, Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
 	})
 	if err != nil {
 		return err
@@ -228,6 +230,7 @@ func (d *Dataplane) Close() {
 		d.cfg.Metrics.Unregister(c)
 	}
 	d.collectors = nil
+	d.announcer.close()
 	if d.log != nil {
 		d.log.Close()
 	}

@@ -54,6 +54,7 @@ func (d *Dataplane) syncNodeLocked() error {
 	if err := d.maps.SetRanges(ranges(d.cfg, d.podCIDRs)); err != nil {
 		return err
 	}
+	ethernet := map[int]net.HardwareAddr{}
 	for _, index := range devices {
 		link, err := netlink.LinkByIndex(index)
 		if err != nil || link.Attrs().EncapType == "loopback" {
@@ -62,6 +63,12 @@ func (d *Dataplane) syncNodeLocked() error {
 		if err := d.loader.AttachHost(index); err != nil {
 			return err
 		}
+		if mac := link.Attrs().HardwareAddr; len(mac) == 6 && link.Attrs().Name != network.Tunnel {
+			ethernet[index] = mac
+		}
+	}
+	if err := d.announcer.setDevices(ethernet); err != nil {
+		return err
 	}
 	old, err := d.loader.Hosts()
 	if err != nil {

@@ -39,6 +39,7 @@ var Counters = []Counter{
 	{drops, dropsHelp, prometheus.Labels{"reason": "source-range"}},
 	{bytes, bytesHelp, prometheus.Labels{"path": "from-pod"}},
 	{bytes, bytesHelp, prometheus.Labels{"path": "to-pod"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "no-such-service"}},
 }
 
 const (

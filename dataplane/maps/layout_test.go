@@ -26,6 +26,7 @@ func TestLayout(t *testing.T) {
 		"source_ranges":  {SourceRangeKey{}, uint32(0)},
 		"node_ports":     {uint32(0), uint64(0)},
 		"clients":        {uint64(0), Client{}},
+		"announced":      {AnnouncedKey{}, Announced{}},
 		"conntrack_tcp":  {Tuple{}, Flow{}},
 		"conntrack_udp":  {Tuple{}, Flow{}},
 		"policy_slots":   {uint32(0), PolicySets{}},

@@ -18,6 +18,7 @@ type Maps struct {
 	services, slots, backends *ebpf.Map
 	sourceRanges, nodePorts   *ebpf.Map
 	affinity, clients         *ebpf.Map
+	announced                 *ebpf.Map
 	endpoints, nodeAddresses  *ebpf.Map
 	node, ranges              *ebpf.Map
 	conntrackTCP              *ebpf.Map
@@ -36,7 +37,7 @@ type Maps struct {
 }
 
 // Names lists the maps, as the C sources name them.
-var names = []string{"services", "slots", "backends", "source_ranges", "node_ports", "affinity", "clients", "endpoints", "node_addresses", "node", "ranges",
+var names = []string{"services", "slots", "backends", "source_ranges", "node_ports", "affinity", "clients", "announced", "endpoints", "node_addresses", "node", "ranges",
 	"conntrack_tcp", "conntrack_udp", "counters", "listeners", "policy", "identities", "policy_slots", "policy_state", "policy_drops",
 	"flow_events", "flow_followers"}
 
@@ -67,7 +68,7 @@ func New(byName map[string]*ebpf.Map) (*Maps, error) {
 }
 
 func (m *Maps) all() []**ebpf.Map {
-	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.sourceRanges, &m.nodePorts, &m.affinity, &m.clients, &m.endpoints, &m.nodeAddresses,
+	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.sourceRanges, &m.nodePorts, &m.affinity, &m.clients, &m.announced, &m.endpoints, &m.nodeAddresses,
 		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners,
 		&m.policy, &m.identities, &m.policySlots, &m.policyState, &m.policyDrops,
 		&m.flowEvents, &m.flowFollowers}
@@ -166,6 +167,28 @@ func (m *Maps) Clients() (map[uint64]Client, error) {
 	all, err := dump[uint64, Client](m.clients)
 	if err != nil {
 		return nil, fmt.Errorf("clients: %w", err)
+	}
+	return all, nil
+}
+
+// SetAnnounced makes the node answer for an address on a device.
+func (m *Maps) SetAnnounced(k AnnouncedKey, v Announced) error {
+	return full("announced", m.announced.Put(&k, &v))
+}
+
+// DeleteAnnounced ends that.
+func (m *Maps) DeleteAnnounced(k AnnouncedKey) error {
+	if err := gone(m.announced.Delete(&k)); err != nil {
+		return fmt.Errorf("announced address %s: %w", k.Addr.Addr(), err)
+	}
+	return nil
+}
+
+// Announced lists what the node answers for.
+func (m *Maps) Announced() (map[AnnouncedKey]Announced, error) {
+	all, err := dump[AnnouncedKey, Announced](m.announced)
+	if err != nil {
+		return nil, fmt.Errorf("announced addresses: %w", err)
 	}
 	return all, nil
 }

@@ -119,6 +119,18 @@ func ClientOf(addrs []netip.Addr) (c Client) {
 	return c
 }
 
+// AnnouncedKey is an address that the node answers for on a device.
+type AnnouncedKey struct {
+	Addr    Address
+	Ifindex uint32
+}
+
+// Announced is the device's MAC address.
+type Announced struct {
+	MAC [6]byte
+	Pad [2]uint8
+}
+
 // Backend belongs to one backend set.
 type Backend struct {
 	Addr    Address

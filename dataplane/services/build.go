@@ -11,6 +11,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"skep.io/skep/api"
 	"skep.io/skep/dataplane/maps"
@@ -55,6 +57,8 @@ type Desired struct {
 	Sets   []Set
 	Ports  []Port
 	Health Health
+	// Announce are the addresses that this node announces to its neighbours.
+	Announce []netip.Addr
 	// Unsupported says what of the Service is left out, and why; empty if nothing.
 	Unsupported string
 }
@@ -65,7 +69,7 @@ type Place struct{ Node, Zone string }
 // Build says what a Service with its EndpointSlices needs on a node. It is pure, and changes nothing
 // it is given.
 func Build(svc *corev1.Service, eps []*discoveryv1.EndpointSlice, here Place) Desired {
-	d := Desired{Health: health(svc, eps, here.Node), Unsupported: unsupported(svc)}
+	d := Desired{Health: health(svc, eps, here.Node), Unsupported: unsupported(svc), Announce: announce(svc, here.Node)}
 	if svc.Spec.Type == corev1.ServiceTypeExternalName {
 		return d
 	}
@@ -322,6 +326,21 @@ func sourceRanges(svc *corev1.Service, family corev1.IPFamily) []netip.Prefix {
 	}
 	slices.SortFunc(out, netip.Prefix.Compare)
 	return slices.Compact(out)
+}
+
+// announce lists a Service's load balancer addresses, if it is this node that announces them.
+func announce(svc *corev1.Service, node string) []netip.Addr {
+	c := meta.FindStatusCondition(svc.Status.Conditions, api.AnnouncedCondition)
+	if svc.Spec.Type != corev1.ServiceTypeLoadBalancer || c == nil || c.Status != metav1.ConditionTrue || c.Message != node {
+		return nil
+	}
+	var out []netip.Addr
+	for _, in := range svc.Status.LoadBalancer.Ingress {
+		if a, err := netip.ParseAddr(in.IP); err == nil {
+			out = append(out, a.Unmap())
+		}
+	}
+	return out
 }
 
 func unsupported(svc *corev1.Service) string {

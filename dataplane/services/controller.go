@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,6 +35,15 @@ type Config struct {
 	Events    record.EventRecorder // for Services that cannot be served as they ask; may be nil
 	Log       *slog.Logger
 	Metrics   prometheus.Registerer // may be nil
+	Announcer Announcer             // may be nil
+}
+
+// Announcer tells the node's neighbours of addresses.
+type Announcer interface {
+	// Announce makes exactly these a Service's addresses that this node announces.
+	Announce(service string, addrs []netip.Addr) error
+	// Settle ends what an earlier process announced: every Service is known now.
+	Settle() error
 }
 
 // Controller watches Services and EndpointSlices and keeps Table and maps.
@@ -258,6 +268,13 @@ func (c *Controller) Run(ctx context.Context) error {
 			c.queue.AddRateLimited("") // the empty key only leads here again
 			return
 		}
+		if c.cfg.Announcer != nil {
+			if err := c.cfg.Announcer.Settle(); err != nil {
+				c.cfg.Log.Error("addresses of an earlier run are still announced", "err", err)
+				c.queue.AddRateLimited("")
+				return
+			}
+		}
 		pruned = true
 		close(c.complete)
 		wg.Add(1)
@@ -293,6 +310,9 @@ func (c *Controller) sync(ctx context.Context, key string) error {
 		err = c.reconciler.Apply(key, want.Sets)
 		namespace, name, _ := strings.Cut(key, "/")
 		err = errors.Join(err, c.health.set(ctx, types.NamespacedName{Namespace: namespace, Name: name}, want.Health))
+		if c.cfg.Announcer != nil && err == nil {
+			err = c.cfg.Announcer.Announce(key, want.Announce) // now that somebody answers there
+		}
 	}
 	c.name(key, want.Sets)
 	services, slots, backends := c.reconciler.Size()

@@ -45,6 +45,11 @@ const (
 	// IngressClassName is the default IngressClass, with IngressControllerName as its controller.
 	IngressClassName      = "skep"
 	IngressControllerName = "skep.io/ingress"
+	// LocalPathClassName is the default StorageClass, with LocalPathProvisioner as its provisioner;
+	// LocalPathAnnotation on a Node is the directory below which that node keeps such volumes.
+	LocalPathClassName   = "local-path"
+	LocalPathProvisioner = "skep.io/local-path"
+	LocalPathAnnotation  = "skep.io/local-path"
 	// BootstrapGroup is whom tokens of `skep token create` authenticate as, besides their id.
 	BootstrapGroup = "system:bootstrappers:skep:agents"
 	// InformersUser, IngressUser and BootstrapUser are parts of a server that act within its process.

@@ -209,6 +209,13 @@ func (a *Agent) Ready() <-chan struct{} { return a.ready }
 // Pods are the pods of this node; nil before Run has read what an earlier agent left.
 func (a *Agent) Pods() *pods.Set { return a.set.Load() }
 
+// LocalPaths are the directories of this node's local-path volumes.
+func (a *Agent) LocalPaths() *volumes.LocalPaths {
+	return volumes.NewLocalPaths(a.localPath())
+}
+
+func (a *Agent) localPath() string { return filepath.Join(a.cfg.DataDir, "storage") }
+
 // Runtime is the container runtime.
 func (a *Agent) Runtime() Runtime { return a.runtime }
 

@@ -24,6 +24,7 @@ import (
 	nodeutil "k8s.io/component-helpers/node/util"
 	"k8s.io/utils/clock"
 
+	"skep.io/skep/api"
 	nodert "skep.io/skep/node/runtime"
 )
 
@@ -168,7 +169,8 @@ func (a *Agent) register(ctx context.Context) error {
 
 func (a *Agent) tryRegister(ctx context.Context, labels map[string]string) (*corev1.Node, error) {
 	nodes := a.cfg.Client.CoreV1().Nodes()
-	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: a.cfg.NodeName, Labels: labels}}
+	annotations := map[string]string{api.LocalPathAnnotation: a.localPath()}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: a.cfg.NodeName, Labels: labels, Annotations: annotations}}
 	node.Status = nodeStatus(node.Status, a.status.facts(ctx))
 	made, err := nodes.Create(ctx, node, metav1.CreateOptions{})
 	if !apierrors.IsAlreadyExists(err) {
@@ -182,8 +184,12 @@ func (a *Agent) tryRegister(ctx context.Context, labels map[string]string) (*cor
 	if want.Labels == nil {
 		want.Labels = map[string]string{}
 	}
+	if want.Annotations == nil {
+		want.Annotations = map[string]string{}
+	}
 	maps.Copy(want.Labels, labels)
-	if equality.Semantic.DeepEqual(want.Labels, have.Labels) {
+	maps.Copy(want.Annotations, annotations)
+	if equality.Semantic.DeepEqual(want.ObjectMeta, have.ObjectMeta) {
 		return have, nil
 	}
 	return nodes.Update(ctx, want, metav1.UpdateOptions{})

@@ -45,6 +45,12 @@ var ownClusterRoles = []rbacv1.ClusterRole{
 		rule([]string{"get", "create", "update"}, "storage.k8s.io", "storageclasses"),
 		rule([]string{"get", "create", "update", "patch"}, "apiextensions.k8s.io", "customresourcedefinitions"),
 	),
+	// Directories of volumes are made and removed by nodes.
+	clusterRole("skep:local-path-provisioner",
+		rule([]string{"update", "delete"}, "", "nodes/proxy"),
+		rule([]string{"get", "create", "update", "delete"}, "", "persistentvolumes"),
+		rule([]string{"update"}, "", "persistentvolumeclaims", "persistentvolumeclaims/status"),
+	),
 	// What machines need to become nodes. Upstream's role of the certificate controller may approve
 	// clients' requests only.
 	clusterRole("skep:serving-certificate-approver", rbacv1.PolicyRule{
@@ -58,6 +64,8 @@ func ownClusterRoleBindings() []rbacv1.ClusterRoleBinding {
 		clusterBinding(api.InformersUser, api.InformersUser, person(api.InformersUser)),
 		clusterBinding(api.IngressUser, api.IngressUser, person(api.IngressUser)),
 		clusterBinding(api.BootstrapUser, api.BootstrapUser, person(api.BootstrapUser)),
+		clusterBinding("skep:local-path-provisioner", "skep:local-path-provisioner",
+			rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "local-path-provisioner"}),
 		clusterBinding("skep:serving-certificate-approver", "skep:serving-certificate-approver",
 			rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "certificate-controller"}),
 		clusterBinding("skep:node-bootstrapper", "system:node-bootstrapper", group(api.BootstrapGroup)),

@@ -17,6 +17,7 @@ import (
 	"skep.io/skep/controlplane/controllers/endpointslice"
 	"skep.io/skep/controlplane/controllers/job"
 	"skep.io/skep/controlplane/controllers/loadbalancer"
+	"skep.io/skep/controlplane/controllers/localpath"
 	"skep.io/skep/controlplane/controllers/nodeipam"
 	"skep.io/skep/controlplane/controllers/nodelifecycle"
 	"skep.io/skep/controlplane/controllers/podgc"
@@ -94,6 +95,9 @@ func own() []entry {
 				return nil, err
 			}
 			return started(loadbalancer.New(e.deps, e.cfg.Client, pools, e.cfg.ReservedPorts))
+		}},
+		{"localpath", account("local-path-provisioner"), func(_ context.Context, e env) (run, error) {
+			return started(localpath.New(e.deps, localpath.NodeDirectories(e.deps.Client)))
 		}},
 		{"podgc", account("pod-garbage-collector"), func(_ context.Context, e env) (run, error) {
 			return started(podgc.New(e.deps, e.cfg.TerminatedPods, podgc.Quarantine))

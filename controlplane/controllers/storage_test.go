@@ -90,6 +90,14 @@ func TestVolumes(t *testing.T) {
 	none, fast, missing, apart := "", "fast", "missing", "apart"
 	claims, volumes := c.client.CoreV1().PersistentVolumeClaims(ns), c.client.CoreV1().PersistentVolumes()
 
+	// Whoever deletes the class that a new cluster has means it.
+	c.eventually("the default class", func(ctx context.Context) error {
+		if _, err := c.client.CoreV1().ConfigMaps(metav1.NamespaceSystem).Get(ctx, "skep-bootstrap", metav1.GetOptions{}); err != nil {
+			return err
+		}
+		return c.client.StorageV1().StorageClasses().Delete(ctx, "local-path", metav1.DeleteOptions{})
+	})
+
 	// Each waits; what comes later finds it, by class, by name, and by being the default.
 	named := claimOf(ns, "named", &missing)
 	named.Spec.VolumeName = "v-named"

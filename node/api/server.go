@@ -65,10 +65,12 @@ type Config struct {
 	Authenticate func(ctx context.Context, token string) (user string, groups []string, err error)
 	// Authorize decides about everybody else (a SubjectAccessReview on nodes/SUBRESOURCE); nil: refused.
 	Authorize func(ctx context.Context, user string, groups []string, verb, subresource string) (bool, error)
-	Gatherer  prometheus.Gatherer   // what /metrics shows; nil: nothing
-	Network   http.Handler          // what /net/ shows of the data plane; nil: nothing
-	Metrics   prometheus.Registerer // may be nil
-	Log       *slog.Logger
+	Gatherer  prometheus.Gatherer // what /metrics shows; nil: nothing
+	Network   http.Handler        // what /net/ shows of the data plane; nil: nothing
+	// LocalVolumes makes and removes the directories of local-path volumes, below /localVolumes/; nil: nothing
+	LocalVolumes http.Handler
+	Metrics      prometheus.Registerer // may be nil
+	Log          *slog.Logger
 }
 
 // Server serves the node's API.
@@ -150,6 +152,7 @@ func (s *Server) Handler() http.Handler {
 		{"GET /pods", "proxy", s.pods},
 		{"GET /pods/", "proxy", s.pods},
 		{"GET /runningpods/", "proxy", s.pods},
+		{"/localVolumes/{name}", "proxy", s.localVolumes},
 		{"GET /stats/summary", "stats", s.summary},
 		{"GET /metrics", "metrics", s.metrics},
 		{"GET /metrics/resource", "metrics", s.resourceMetrics},
@@ -170,6 +173,14 @@ func (s *Server) metrics(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	promhttp.HandlerFor(s.cfg.Gatherer, promhttp.HandlerOpts{}).ServeHTTP(w, r)
+}
+
+func (s *Server) localVolumes(w http.ResponseWriter, r *http.Request) {
+	if s.cfg.LocalVolumes == nil {
+		http.NotFound(w, r)
+		return
+	}
+	s.cfg.LocalVolumes.ServeHTTP(w, r)
 }
 
 func (s *Server) network(w http.ResponseWriter, r *http.Request) {

@@ -41,7 +41,8 @@ func (v *Volumes) ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand f
 		out = append(out, Mount{
 			HostPath: host, ContainerPath: containerPath(m.MountPath), Propagation: propagation(m),
 			// What shows objects is never writable: an update would throw the writes away.
-			ReadOnly:  m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil,
+			ReadOnly: m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil ||
+				vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly,
 			Recursive: Recursive(m),
 		})
 	}

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Package volumes mounts what the containers of a pod see of the world: emptyDir, hostPath, configMap, secret,
-// downwardAPI and projected volumes, the last with service account tokens that it renews in time.
+// downwardAPI and projected volumes, the last with service account tokens that it renews in time, and the local and
+// hostPath volumes of claims. It also keeps the directories of volumes of class local-path.
 //
 // Under the data directory it keeps what kubelet keeps, under the same names:
 //
@@ -86,6 +87,8 @@ func kind(v *corev1.Volume) string {
 		return "kubernetes.io~downward-api"
 	case v.Projected != nil:
 		return "kubernetes.io~projected"
+	case v.PersistentVolumeClaim != nil, v.Ephemeral != nil:
+		return "kubernetes.io~local-volume"
 	default:
 		return ""
 	}
@@ -136,6 +139,8 @@ func (v *Volumes) mountOne(ctx context.Context, pod *corev1.Pod, vol *corev1.Vol
 		return time.Time{}, hostPath(vol.HostPath)
 	case kind(vol) == "":
 		return time.Time{}, ErrUnsupported
+	case claimName(pod, vol) != "":
+		return time.Time{}, v.mountClaim(ctx, pod, vol, dir)
 	}
 	files, refresh, err := v.files(ctx, pod, vol)
 	if err != nil {

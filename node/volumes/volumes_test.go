@@ -209,7 +209,7 @@ func TestFailuresNameTheVolume(t *testing.T) {
 	for i, want := range []string{
 		`MountVolume.SetUp failed for volume "v1" : configmap "nope" not found`,
 		`MountVolume.SetUp failed for volume "v2" : ns/cm references non-existent configmap key: zzz`,
-		`MountVolume.SetUp failed for volume "v3" : this kind of volume is not supported by this node`,
+		`MountVolume.SetUp failed for volume "v3" : error processing PVC ns/x: failed to fetch PVC from API server: persistentvolumeclaims "x" not found`,
 		`MountVolume.SetUp failed for volume "v4" : secret "gone" not found`,
 	} {
 		if got := list.Unwrap()[i].Error(); got != want {

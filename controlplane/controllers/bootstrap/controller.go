@@ -24,6 +24,7 @@ const leakGrace = 2 * time.Second
 const (
 	dnsKey     = "dns-service"
 	ingressKey = "ingress-class"
+	storageKey = "storage-class"
 )
 
 // Controller ensures the objects. It does not wait for caches: DNS depends on it.
@@ -71,12 +72,16 @@ func New(deps runner.Deps, serviceCIDRs []netip.Prefix) (*Controller, error) {
 func (c *Controller) Run(ctx context.Context) error {
 	c.queue.Add(dnsKey)
 	c.queue.Add(ingressKey)
+	c.queue.Add(storageKey)
 	return c.queue.Run(ctx)
 }
 
 func (c *Controller) sync(ctx context.Context, key string) (time.Duration, error) {
-	if key == dnsKey {
+	switch key {
+	case dnsKey:
 		return 0, c.ensureDNS(ctx)
+	case storageKey:
+		return 0, c.ensureStorage(ctx)
 	}
 	return 0, c.ensureClass(ctx)
 }

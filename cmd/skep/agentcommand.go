@@ -162,7 +162,7 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	}
 	log.Info("starting", "node", s.nodeName, "server", s.server.String(), "version", skepVersion, "data", s.dataDir)
 	shared.StartWithContext(ctx)
-	return runParts(ctx, append(a.parts(),
+	return runParts(ctx, log, append(a.parts(),
 		part{"certificates", identity.Run},
 		part{"pacer", pace.run},
 		part{"settle", func(ctx context.Context) error { settle(ctx, log); return nil }},

@@ -102,7 +102,7 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	}
 	log.Info("starting", "node", s.nodeName, "version", skepVersion, "data", s.dataDir)
 	parts = append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }}, part{"pacer", pace.run})
-	return errors.Join(runParts(ctx, parts), etcd.Close())
+	return errors.Join(runParts(ctx, log, parts), etcd.Close())
 }
 
 // parts lists everything that runs in this process: the place to add a part.
@@ -218,13 +218,15 @@ func accountGroups(user string) []string {
 	return serviceaccount.MakeGroupNames(namespace)
 }
 
-// runParts runs all parts until ctx ends or the first of them returns an error.
-func runParts(ctx context.Context, parts []part) error {
+// runParts runs all parts until ctx ends or the first of them returns an error. That is logged at once:
+// some of upstream's controllers end the process when the API does not answer any more.
+func runParts(ctx context.Context, log *slog.Logger, parts []part) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for _, part := range parts {
 		group.Go(func() error {
 			err := part.run(ctx)
 			if err != nil && !(ctx.Err() != nil && errors.Is(err, context.Canceled)) {
+				log.Error("a part failed, all end", "part", part.name, "error", err)
 				return fmt.Errorf("%s: %w", part.name, err)
 			}
 			return nil

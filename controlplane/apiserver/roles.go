@@ -3,10 +3,15 @@
 package apiserver
 
 import (
+	"context"
+	"strings"
+
 	certificatesv1 "k8s.io/api/certificates/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apiserver/pkg/authentication/serviceaccount"
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/authorization/authorizer"
 
 	"skep.io/skep/api"
 )
@@ -121,4 +126,57 @@ func group(name string) rbacv1.Subject {
 
 func person(name string) rbacv1.Subject {
 	return rbacv1.Subject{APIGroup: rbacv1.GroupName, Kind: rbacv1.UserKind, Name: name}
+}
+
+// inForce tells whether what the own bindings grant has reached the authorizer, whose caches follow the
+// store: whoever is refused in between, an informer for one, pauses for a second.
+func inForce(ctx context.Context, a authorizer.Authorizer) bool {
+	roles := map[string]rbacv1.PolicyRule{}
+	for _, r := range ownClusterRoles {
+		if len(r.Rules) > 0 {
+			roles["/"+r.Name] = r.Rules[0]
+		}
+	}
+	for _, r := range ownRoles {
+		roles[r.Namespace+"/"+r.Name] = r.Rules[0]
+	}
+	granted := func(namespace, role string, subjects []rbacv1.Subject) bool {
+		rule, ok := roles[namespace+"/"+role]
+		if !ok {
+			return true // a role of upstream's
+		}
+		decision, _, err := a.Authorize(ctx, grant(rule, namespace, subjects[0]))
+		return err == nil && decision == authorizer.DecisionAllow
+	}
+	for _, b := range ownClusterRoleBindings() {
+		if !granted("", b.RoleRef.Name, b.Subjects) {
+			return false
+		}
+	}
+	for _, b := range ownRoleBindings {
+		if !granted(b.Namespace, b.RoleRef.Name, b.Subjects) {
+			return false
+		}
+	}
+	return true
+}
+
+// grant is something that the rule allows the subject.
+func grant(rule rbacv1.PolicyRule, namespace string, subject rbacv1.Subject) authorizer.Attributes {
+	who := &user.DefaultInfo{Name: subject.Name}
+	switch subject.Kind {
+	case rbacv1.GroupKind:
+		who = &user.DefaultInfo{Name: "any", Groups: []string{subject.Name}}
+	case rbacv1.ServiceAccountKind:
+		who.Name = serviceaccount.MakeUsername(subject.Namespace, subject.Name)
+	}
+	resource, subresource, _ := strings.Cut(rule.Resources[0], "/")
+	attributes := authorizer.AttributesRecord{
+		User: who, Verb: rule.Verbs[0], Namespace: namespace, APIGroup: rule.APIGroups[0], APIVersion: "v1",
+		Resource: resource, Subresource: subresource, ResourceRequest: true,
+	}
+	if len(rule.ResourceNames) > 0 {
+		attributes.Name = rule.ResourceNames[0]
+	}
+	return attributes
 }

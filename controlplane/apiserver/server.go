@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"k8s.io/apiserver/pkg/authentication/user"
+	"k8s.io/apiserver/pkg/authorization/authorizer"
 	"k8s.io/client-go/rest"
 	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
 	"k8s.io/kube-openapi/pkg/common"
@@ -26,6 +27,7 @@ type Server struct {
 	etcd       string // the store's name among in-process stores
 	aggregator *aggregatorapiserver.APIAggregator
 	openAPI    *common.OpenAPIV3Config
+	authorizer authorizer.Authorizer
 	transport  *inprocess.Transport
 	identities *identities
 	host       string
@@ -92,7 +94,7 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 		return err
 	}
 	reportWrites(g.config, s.cfg.OnWrite)
-	s.openAPI = g.config.OpenAPIV3Config
+	s.openAPI, s.authorizer = g.config.OpenAPIV3Config, g.config.Authorization.Authorizer
 	s.aggregator, err = buildChain(o, g, s.cfg.Log)
 	return err
 }
@@ -104,7 +106,7 @@ func (s *Server) ClientConfig(userName string, groups ...string) *rest.Config {
 	return inProcessConfig(s.transport, s.host, s.identities.token(userName, groups))
 }
 
-// Ready is closed once /readyz has answered ok.
+// Ready is closed once /readyz has answered ok and skep's own parts may do what their roles say.
 func (s *Server) Ready() <-chan struct{} { return s.ready }
 
 // Run serves until ctx ends, then refuses new requests, ends watches, and returns when what was in
@@ -147,15 +149,28 @@ func (s *Server) Run(ctx context.Context) error {
 // some sixty checks say when asked.
 const readyPoll = 5 * time.Millisecond
 
+// grantLimit is how long readiness waits for roles: somebody may have taken a right away on purpose.
+const grantLimit = 10 * time.Second
+
 func (s *Server) announceReady(ctx context.Context, h http.Handler) {
 	tick := time.NewTicker(readyPoll)
 	defer tick.Stop()
+	var answers time.Time // since when /readyz is ok
 	for {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodGet, "/readyz", nil))
 		if w.Code == http.StatusOK {
-			close(s.ready)
-			return
+			if answers.IsZero() {
+				answers = time.Now()
+			}
+			late := time.Since(answers) > grantLimit
+			if late {
+				s.cfg.Log.Warn("roles of skep's own parts lack something: `skep get clusterroles,clusterrolebindings | grep skep:`")
+			}
+			if late || inForce(ctx, s.authorizer) {
+				close(s.ready)
+				return
+			}
 		}
 		select {
 		case <-ctx.Done():

@@ -88,6 +88,7 @@ type Config struct {
 	MaxPods  int // 0: 110
 	// UnsafeSysctls may be set by pods; a name may end in an asterisk.
 	UnsafeSysctls []string
+	ImageGC       ImageGC
 	Log           *slog.Logger
 	Metrics       prometheus.Registerer
 }

@@ -207,10 +207,13 @@ type statusLoop struct {
 	netErr   error // why the network is not ready
 	netReady bool
 	pressure pressure
+
+	images *imageCollector // the loop's alone
+	full   bool            // it was said that no image could be removed
 }
 
 func newStatusLoop(a *Agent) *statusLoop {
-	return &statusLoop{a: a, wake: make(chan struct{}, 1)}
+	return &statusLoop{a: a, wake: make(chan struct{}, 1), images: &imageCollector{policy: a.cfg.ImageGC.complete()}}
 }
 
 // changed has the status looked at now.
@@ -285,7 +288,7 @@ func (l *statusLoop) run(ctx context.Context) {
 	retry := time.NewTimer(time.Hour)
 	defer retry.Stop()
 	for {
-		l.measure()
+		l.measure(ctx)
 		ok := l.write(ctx, &written)
 		if !ok {
 			retry.Reset(time.Second)
@@ -385,7 +388,7 @@ func sameButHeartbeat(a, b corev1.NodeStatus) bool {
 }
 
 // Thresholds of pressure, as kubelet's default hard eviction: memory.available<100Mi, nodefs.available<10%, inodesFree<5%.
-func (l *statusLoop) measure() {
+func (l *statusLoop) measure(ctx context.Context) {
 	var p pressure
 	if mem, err := memInfo(); err == nil {
 		p.memory = mem["MemAvailable"] < reservedMemory
@@ -393,6 +396,9 @@ func (l *statusLoop) measure() {
 	var st unix.Statfs_t
 	if err := unix.Statfs(l.a.cfg.DataDir, &st); err == nil {
 		p.disk = st.Bavail < st.Blocks/reservedStorage || st.Files > 0 && st.Ffree < st.Files/20
+		if err := l.collectImages(ctx, int64(st.Blocks)*st.Bsize, int64(st.Bavail)*st.Bsize); err != nil && ctx.Err() == nil {
+			l.a.log.Error("collect images that nobody uses", "error", err)
+		}
 	}
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err == nil {

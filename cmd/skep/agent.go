@@ -112,7 +112,7 @@ func (a *agent) newNode(ctx context.Context) (*node.Agent, error) {
 		NodeName: a.nodeName, NodeIPs: a.nodeIPs, Client: a.access.node, Informers: a.access.informers,
 		DataDir: a.dataDir, ImagesDir: a.imagesDir, ClusterDNS: a.cluster.clusterDNS, ClusterDomain: a.cluster.clusterDomain,
 		Network: a.dataplane, MTU: mtu, RuntimeConfig: runtime.Config{ContainerdAddress: a.containerdAddress},
-		UnsafeSysctls: a.unsafeSysctls, ServeAPI: a.serveNodeAPI, Log: a.log.With("part", "node"), Metrics: a.metrics,
+		UnsafeSysctls: a.unsafeSysctls, ImageGC: a.imageGC, ServeAPI: a.serveNodeAPI, Log: a.log.With("part", "node"), Metrics: a.metrics,
 	})
 }
 

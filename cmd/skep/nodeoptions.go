@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -18,6 +19,7 @@ import (
 
 	"skep.io/skep/api"
 	"skep.io/skep/dataplane/network"
+	"skep.io/skep/node"
 	"skep.io/skep/node/hostcheck"
 )
 
@@ -31,6 +33,7 @@ type nodeOptions struct {
 	containerdAddress string
 	upstreamDNS       []string
 	unsafeSysctls     []string
+	imageGC           node.ImageGC
 	logLevel          string
 	logFormat         string
 	logFile           string
@@ -46,6 +49,9 @@ func (o *nodeOptions) addFlags(f *pflag.FlagSet, configPath string) {
 	f.StringVar(&o.containerdAddress, "containerd-address", "", "Socket of the host's containerd (default: an own containerd inside this process)")
 	f.StringSliceVar(&o.upstreamDNS, "upstream-dns", nil, "Name servers for names outside the cluster (default: the host's)")
 	f.StringSliceVar(&o.unsafeSysctls, "allowed-unsafe-sysctls", nil, "Kernel settings beside the safe ones that pods may have; a name may end in an asterisk")
+	f.IntVar(&o.imageGC.High, "image-gc-high-threshold", 85, "Percent of the data directory's disk in use at which images that nobody uses are removed; 100: never")
+	f.IntVar(&o.imageGC.Low, "image-gc-low-threshold", 80, "Percent at which enough of them are removed")
+	f.DurationVar(&o.imageGC.MinAge, "minimum-image-ttl-duration", 2*time.Minute, "How long an image stays after it came, or was used, at least")
 	f.StringVar(&o.logLevel, "log-level", "info", "One of debug, info, warn, error")
 	f.StringVar(&o.logFormat, "log-format", "text", "One of text, json")
 	f.StringVar(&o.logFile, "log-file", "", "File to log to, instead of standard error; it is rotated, and the last three are kept")
@@ -94,6 +100,7 @@ type nodeSettings struct {
 	containerdAddress string
 	upstreamDNS       []string
 	unsafeSysctls     []string
+	imageGC           node.ImageGC
 }
 
 // clusterSettings are the same on every node: a server is told them, an agent learns them.
@@ -117,7 +124,13 @@ type host struct {
 
 // complete checks what is said of the machine and derives what is not. It tells bad of each mistake.
 func (o *nodeOptions) complete(h host, bad func(flag, format string, args ...any)) nodeSettings {
-	s := nodeSettings{containerdAddress: o.containerdAddress, upstreamDNS: o.upstreamDNS, unsafeSysctls: o.unsafeSysctls}
+	s := nodeSettings{containerdAddress: o.containerdAddress, upstreamDNS: o.upstreamDNS, unsafeSysctls: o.unsafeSysctls, imageGC: o.imageGC}
+	if g := o.imageGC; g.High < 0 || g.High > 100 || g.Low < 0 || g.Low > g.High {
+		bad("image-gc-high-threshold", "%d with --image-gc-low-threshold %d: the high one must be at most 100, and the low one no higher", g.High, g.Low)
+	}
+	if s.imageGC.MinAge == 0 {
+		s.imageGC.MinAge = -1 // as was said, and not the default
+	}
 	var err error
 	if s.dataDir, err = filepath.Abs(o.dataDir); err != nil || o.dataDir == "" {
 		bad("data-dir", "%q is not a path", o.dataDir)

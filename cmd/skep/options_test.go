@@ -134,6 +134,9 @@ func TestEveryFlagIsAKey(t *testing.T) {
 		}
 		path := filepath.Join(t.TempDir(), "server.yaml")
 		value := "1"
+		if f.Value.Type() == "duration" {
+			value = "1s"
+		}
 		if err := os.WriteFile(path, []byte(f.Name+": "+value+"\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}

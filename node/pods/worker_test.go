@@ -168,6 +168,7 @@ func (s imageStore) Pull(_ context.Context, ref string, _ []runtime.Auth) (runti
 	return runtime.Image{}, runtime.ErrPull
 }
 func (imageStore) List(context.Context) ([]runtime.Image, error) { return nil, nil }
+func (imageStore) Remove(context.Context, string) error          { return nil }
 func (imageStore) ImportDir(context.Context, string) ([]runtime.Image, error) {
 	return nil, nil
 }

@@ -47,6 +47,7 @@ type imageInfo struct {
 type imageIndex struct {
 	mu   sync.Mutex
 	byID map[string]*imageInfo
+	pins map[string]bool // names that archives on this host gave
 }
 
 func (x *imageIndex) find(id string) (*imageInfo, error) {
@@ -98,6 +99,19 @@ func Normalize(ref string) (string, error) {
 		return "", fmt.Errorf("couldn't parse image name %q: %w", ref, err)
 	}
 	return named.String(), nil
+}
+
+// pin keeps what archives on this host named from being collected.
+func (x *imageIndex) pin(imports map[string]imported) {
+	pins := map[string]bool{}
+	for _, a := range imports {
+		for _, name := range a.Images {
+			pins[name] = true
+		}
+	}
+	x.mu.Lock()
+	x.pins = pins
+	x.mu.Unlock()
 }
 
 // loadImages reads containerd's image store into the index.
@@ -210,7 +224,9 @@ func (s ImageStore) List(context.Context) ([]Image, error) {
 	defer x.mu.Unlock()
 	all := make([]Image, 0, len(x.byID))
 	for _, i := range x.byID {
-		all = append(all, i.public())
+		img := i.public()
+		img.Pinned = slices.ContainsFunc(img.Tags, func(t string) bool { return x.pins[t] })
+		all = append(all, img)
 	}
 	slices.SortFunc(all, func(a, b Image) int { return strings.Compare(a.ID, b.ID) })
 	return all, nil

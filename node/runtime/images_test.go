@@ -119,7 +119,7 @@ func TestImages(t *testing.T) {
 		t.Errorf("no directory: %v, %v", imgs, err)
 	}
 	all, err := n.Images().List(ctx)
-	if err != nil || len(all) != 1 || all[0].Tags[0] != testImage {
+	if err != nil || len(all) != 1 || all[0].Tags[0] != testImage || !all[0].Pinned {
 		t.Errorf("List: %+v, %v", all, err)
 	}
 	for _, ref := range []string{"skep/prog", testImage, n.image.ID} {

@@ -75,6 +75,7 @@ func (s ImageStore) ImportDir(ctx context.Context, dir string) ([]Image, error) 
 			}
 		}
 	}
+	s.r.images.pin(known)
 	if changed {
 		data, err := json.Marshal(known)
 		if err == nil {

@@ -145,6 +145,7 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 	if err := r.loadImages(r.ctx); err != nil {
 		return nil, err
 	}
+	r.images.pin(r.readImports())
 	if err := r.adopt(r.ctx); err != nil {
 		return nil, err
 	}

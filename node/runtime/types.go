@@ -108,6 +108,7 @@ type Image struct {
 	Digest string   // repository@digest as status shows it
 	Size   int64    // bytes
 	User   string   // the config's user: for runAsNonRoot
+	Pinned bool     // it came from an archive on this host: no registry would give it back
 }
 
 // Auth are credentials for one pull; the zero value is anonymous.
@@ -136,6 +137,8 @@ type Images interface {
 	Get(ctx context.Context, ref string) (Image, error)
 	Pull(ctx context.Context, ref string, auths []Auth) (Image, error)
 	List(ctx context.Context) ([]Image, error)
+	// Remove removes an image with all its names. Containers that were made of it keep their layers.
+	Remove(ctx context.Context, id string) error
 	// ImportDir imports image archives (OCI or docker tar) that lie in dir.
 	ImportDir(ctx context.Context, dir string) ([]Image, error)
 }

@@ -29,7 +29,7 @@ enum counter {
 	COUNT_DROP_SOURCE_RANGE,  /* the client is in none of the service's source ranges */
 	COUNT_BYTES_POD_EGRESS,	  /* of the packets counted above, with their Ethernet headers */
 	COUNT_BYTES_POD_INGRESS,
-	COUNT_DROP_NO_FRONTEND,	  /* to an announced address, where no service answers */
+	COUNT_DROP_NO_FRONTEND, /* to an announced address, where no service answers */
 	COUNT_MAX,
 };
 
@@ -47,7 +47,7 @@ static __always_inline void count_more(enum counter what, __u64 more)
 	__u64 *n = bpf_map_lookup_elem(&counters, &index);
 
 	if (n)
-		*n += more; /* per CPU, and BPF programs of one CPU rarely nest: a lost tick is fine */
+		*n += more; /* per CPU; programs of one CPU rarely nest: a lost tick is fine */
 }
 
 static __always_inline void count(enum counter what)

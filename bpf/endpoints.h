@@ -30,7 +30,7 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } node_addresses SEC(".maps");
 
-/* The addresses of whoever is in a network namespace, by its cookie: the pods, and the node itself. */
+/* The addresses of whoever is in a network namespace, by its cookie: pods, and the node itself. */
 struct client {
 	struct address v4, v6;
 };

@@ -140,7 +140,7 @@ static __always_inline void drop(enum counter reason, const struct packet *p, __
 
 /* A connection is opened; asked is what the client asked for, if that is a service. */
 __global int report_open(const struct tuple *t, const struct address *asked, __be16 port,
-				  __u32 service, __u32 ifindex)
+			 __u32 service, __u32 ifindex)
 {
 	struct flow_event *e;
 

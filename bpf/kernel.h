@@ -24,15 +24,16 @@ typedef _Bool bool;
 #define __type(name, val) typeof(val) *name
 #define __always_inline	  inline __attribute__((always_inline))
 /*
- * A function that the verifier checks once by itself, whoever calls it: it may rely on nothing about
- * its arguments, pointers not being null included. Without it each call is checked anew on each path.
+ * A function that the verifier checks once by itself, whoever calls it: it may rely on nothing
+ * about its arguments, pointers not being null included. Without it each call is checked anew on
+ * each path.
  */
-#define __global __attribute__((noinline))
-#define likely(x)	  __builtin_expect(!!(x), 1)
-#define unlikely(x)	  __builtin_expect(!!(x), 0)
-#define bpf_htons(x)	  __builtin_bswap16(x)
-#define bpf_ntohs(x)	  __builtin_bswap16(x)
-#define bpf_htonl(x)	  __builtin_bswap32(x)
+#define __global     __attribute__((noinline))
+#define likely(x)    __builtin_expect(!!(x), 1)
+#define unlikely(x)  __builtin_expect(!!(x), 0)
+#define bpf_htons(x) __builtin_bswap16(x)
+#define bpf_ntohs(x) __builtin_bswap16(x)
+#define bpf_htonl(x) __builtin_bswap32(x)
 /* Keeps the compiler from moving memory accesses; every CPU orders its own stores. */
 #define barrier()	 asm volatile("" ::: "memory")
 #define READ_ONCE(x)	 (*(volatile typeof(x) *)&(x))

@@ -134,8 +134,7 @@ __global int nat_choose(const struct packet *p, __u8 scope, struct judgement *j)
 }
 
 /* Opens the flow that nat_choose noted, and rewrites its first packet. */
-__global int nat_translate(struct __sk_buff *skb, struct packet *p,
-					 struct judgement *j)
+__global int nat_translate(struct __sk_buff *skb, struct packet *p, struct judgement *j)
 {
 	struct flow *forward;
 	struct tuple key;

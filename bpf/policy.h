@@ -307,8 +307,7 @@ static __always_inline void connection_of(struct tuple *c, const struct flow *f,
 }
 
 /* Judges a flow anew: policies have changed, or a connection is opened where another was. */
-__global int flow_judge(struct flow *f, __u32 reversed, const struct packet *p,
-				  __u32 version)
+__global int flow_judge(struct flow *f, __u32 reversed, const struct packet *p, __u32 version)
 {
 	struct judgement *j = judgement();
 
@@ -366,7 +365,7 @@ static __always_inline bool is_new(const struct packet *p)
 
 /* Keeps a flow that is not translated and that policies let pass, and tells of it. */
 __global int flow_start(struct __sk_buff *skb, const struct packet *p, __u32 from_pod,
-				 __u32 checked, __u32 flags)
+			__u32 checked, __u32 flags)
 {
 	struct judgement *j = judgement();
 	const struct peer *asked;
@@ -378,7 +377,7 @@ __global int flow_start(struct __sk_buff *skb, const struct packet *p, __u32 fro
 	service = asked ? asked->service : 0;
 	flow_open(&j->forward, p, from_pod, checked, flags, service);
 	if (is_new(p))
-		report_open(&p->tuple, asked ? &asked->frontend : 0, asked ? asked->frontend_port : 0,
-			    service, from_pod);
+		report_open(&p->tuple, asked ? &asked->frontend : 0,
+			    asked ? asked->frontend_port : 0, service, from_pod);
 	return 0;
 }

@@ -127,8 +127,8 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } source_ranges SEC(".maps");
 
-/* A bit for each port (host byte order) that some frontend has on the node's addresses: what goes to
- * any other of the node's ports costs no second look-up. */
+/* A bit for each port (host byte order) that some frontend has on the node's addresses: what goes
+ * to any other of the node's ports costs no second look-up. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__type(key, __u32);

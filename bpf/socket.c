@@ -77,8 +77,8 @@ static __always_inline void remember(struct peers *peers, const struct service *
 }
 
 /*
- * Who asks, as the packets' source address would say. What is in a namespace that skep does not know
- * is told apart by the namespace, and false is returned.
+ * Who asks, as the packets' source address would say. What is in a namespace that skep does not
+ * know is told apart by the namespace, and false is returned.
  */
 static __always_inline bool client_of(struct bpf_sock_addr *ctx, const struct address *to,
 				      struct affinity_key *client)
@@ -184,8 +184,8 @@ static __always_inline bool has_ports(struct bpf_sock_addr *ctx)
 }
 
 /* Tells of a request that was refused: nobody has the address, or no backend of the service. */
-__global int report_refused(struct bpf_sock_addr *ctx, const struct address *a,
-				     __be16 port, __u32 reason, __u32 service)
+__global int report_refused(struct bpf_sock_addr *ctx, const struct address *a, __be16 port,
+			    __u32 reason, __u32 service)
 {
 	struct flow_event *e;
 

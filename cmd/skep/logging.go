@@ -78,6 +78,8 @@ var harmless = []string{
 	"failed to update storage version",
 	// A session of exec or attach whose end the client closed first: every one of them.
 	"use of closed network connection",
+	// The repair of service addresses runs when its cache of Services is ahead of that of addresses.
+	"is not allocated; repairing",
 	// The token controllers start before the namespace that upstream makes, and try again.
 	"Error while syncing ConfigMap namespaces \"kube-system\" not found",
 }

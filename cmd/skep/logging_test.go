@@ -37,6 +37,9 @@ func TestLogLevels(t *testing.T) {
 		{"success that upstream calls an error", func() {
 			klog.Error("Found stale data, removed previous endpoints on kubernetes service, apiserver didn't exit successfully previously")
 		}, false},
+		{"an error that upstream mends itself", func() {
+			klog.ErrorS(errors.New("the ClusterIP [IPv4]: 10.43.107.114 for Service hello/hello is not allocated; repairing"), "Unhandled Error")
+		}, false},
 	} {
 		out.Reset()
 		c.say()

@@ -105,9 +105,13 @@ func deployWeb(ctx context.Context, n *cluster.Node) error {
 		return err
 	}
 	outside := &http.Client{Timeout: time.Second, Transport: &http.Transport{DialContext: n.LAN.Dial, DisableKeepAlives: true}}
-	url := fmt.Sprintf("http://%s/", n.Addrs[0])
+	return awaitPage(ctx, outside, fmt.Sprintf("http://%s/", n.Addrs[0]))
+}
+
+// awaitPage asks until the answer is 200.
+func awaitPage(ctx context.Context, client *http.Client, url string) error {
 	for {
-		response, err := outside.Get(url)
+		response, err := client.Get(url)
 		if err == nil {
 			err = response.Body.Close()
 			if response.StatusCode == http.StatusOK {

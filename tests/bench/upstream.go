@@ -174,24 +174,14 @@ func (u *upstream) run(program string, args ...string) error {
 
 // await asks until the answer is 200. What serves it made its own certificate a moment ago.
 func (u *upstream) await(ctx context.Context, url string) error {
-	client := &http.Client{Timeout: time.Second, Transport: &http.Transport{
+	err := awaitPage(ctx, &http.Client{Timeout: time.Second, Transport: &http.Transport{
 		DialContext: u.machine.Dial, DisableKeepAlives: true,
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // on a machine of our own, and nothing is sent
-	}}
-	for {
-		response, err := client.Get(url)
-		if err == nil {
-			err = response.Body.Close()
-			if response.StatusCode == http.StatusOK {
-				return err
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%s never answered: %w; logs: %s", url, errors.Join(ctx.Err(), err), u.dir)
-		case <-time.After(5 * time.Millisecond):
-		}
+	}}, url)
+	if err != nil {
+		return fmt.Errorf("%w; logs: %s", err, u.dir)
 	}
+	return nil
 }
 
 // use sums what the programs take.

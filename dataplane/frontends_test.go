@@ -25,12 +25,20 @@ func balanced(s *corev1.Service) {
 	s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: lbV4.String()}, {IP: lbV6.String()}}
 }
 
-// routeOutside sends the load balancer's addresses from the outside to the node, as its neighbours do
-// once the node has announced them.
-func (n *testNode) routeOutside() {
+// routeOutside sends addresses from the outside to the node: as its neighbours do once the node has
+// announced them, or to pods, so that nothing but a policy keeps the outside from them.
+func (n *testNode) routeOutside(addrs ...netip.Addr) {
 	n.t.Helper()
 	n.outside.do(n.t, func() error {
-		return errors.Join(routeVia("eth0", lbV4, nodeV4), routeVia("eth0", lbV6, nodeV6))
+		var errs []error
+		for _, a := range addrs {
+			gateway := nodeV6
+			if a.Is4() {
+				gateway = nodeV4
+			}
+			errs = append(errs, routeVia("eth0", a, gateway))
+		}
+		return errors.Join(errs...)
 	})
 }
 
@@ -40,7 +48,7 @@ func TestLoadBalancer(t *testing.T) {
 	n := newNode(t)
 	a, b, other := n.pod("a"), n.pod("b"), n.pod("other")
 	serve(t, b.ns, "b", 8080)
-	n.routeOutside()
+	n.routeOutside(lbV4, lbV6)
 	n.service("web", balanced, b)
 	lb := []netip.AddrPort{at(lbV4, 80), at(lbV6, 80)}
 	for _, network := range []string{"tcp", "udp"} {

@@ -76,8 +76,10 @@ func TestNetworkPolicy(t *testing.T) {
 		serve(t, p.ns, p.Name, 8080)
 	}
 	web := n.service("web", nil, b)
+	n.routeOutside(b.Addrs...)
 	for i := range 2 {
 		n.answers(a.ns, "tcp", at(b.Addrs[i], 8080), "b")
+		n.answers(n.outside, "tcp", at(b.Addrs[i], 8080), "b")
 	}
 	n.answers(a.ns, "tcp", web.v4, "b")
 
@@ -222,6 +224,8 @@ func TestPolicyProblem(t *testing.T) {
 	b := n.pod("b")
 	n.announce(b)
 	serve(t, b.ns, "b", 8080)
+	n.routeOutside(b.Addrs...)
+	n.answers(n.outside, "tcp", at(b.v4(), 8080), "b")
 	bad := in("b", blockPeer("10.0.0.0/33"))
 	n.policy(bad)
 	select {

@@ -9,6 +9,7 @@ out=$1 version=$2 ldflags=$3
 archs=${ARCHS:-amd64 arm64}
 epoch=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
 mkdir -p "$out"
+rm -rf "$out/.stage" # of a run that was interrupted
 sums=()
 for arch in $archs; do
   name=skep-$version-linux-$arch
@@ -25,5 +26,5 @@ for arch in $archs; do
   sums+=("$name.tar.gz")
   rm -rf "$stage"
 done
-rmdir "$out/.stage"
+rm -rf "$out/.stage"
 (cd "$out" && sha256sum "${sums[@]}" >SHA256SUMS && cat SHA256SUMS)

@@ -40,11 +40,8 @@ func (n *testNode) seen(what string, match func(flows.Flow) bool) (found flows.F
 // TestFlows: connections with the service that was asked for, drops with their policies or reasons, refusals.
 func TestFlows(t *testing.T) {
 	n := newNode(t)
-	a, b, c := n.pod("a"), n.pod("b"), n.pod("c")
-	for _, p := range []*testPod{a, b, c} {
-		n.announce(p)
-		serve(t, p.ns, p.Name, 8080)
-	}
+	pods := n.servingPods("a", "b", "c")
+	a, b, c := pods[0], pods[1], pods[2]
 	web, none := n.service("web", nil, b), n.service("none", nil)
 	for i, vip := range []netip.AddrPort{web.v4, web.v6} {
 		for _, network := range []string{"tcp", "udp"} {

@@ -15,11 +15,8 @@ import (
 // TestInspect: what the maps hold, with names.
 func TestInspect(t *testing.T) {
 	n := newNode(t)
-	a, b := n.pod("a"), n.pod("b")
-	for _, p := range []*testPod{a, b} {
-		n.announce(p)
-		serve(t, p.ns, p.Name, 8080)
-	}
+	pods := n.servingPods("a", "b")
+	a, b := pods[0], pods[1]
 	web := n.service("web", nil, b)
 	n.answers(a.ns, "tcp", web.v4, "b")
 	n.answers(a.ns, "udp", web.v6, "b")

@@ -37,11 +37,8 @@ func (n *testNode) metric(name string, labels ...string) float64 {
 // Prometheus finds right.
 func TestMetrics(t *testing.T) {
 	n := newNode(t)
-	a, b := n.pod("a"), n.pod("b")
-	for _, p := range []*testPod{a, b} {
-		n.announce(p)
-		serve(t, p.ns, p.Name, 8080)
-	}
+	pods := n.servingPods("a", "b")
+	a, b := pods[0], pods[1]
 	web := n.service("web", nil, b)
 	n.answers(a.ns, "tcp", web.v4, "b")
 	n.answers(0, "tcp", at(b.v4(), 8080), "b")

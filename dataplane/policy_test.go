@@ -66,15 +66,24 @@ func reaches(from namespace, to netip.AddrPort) bool {
 	return err == nil
 }
 
+// servingPods makes pods that policies know, and that answer on port 8080.
+func (n *testNode) servingPods(names ...string) (pods []*testPod) {
+	n.t.Helper()
+	for _, name := range names {
+		p := n.pod(name)
+		n.announce(p)
+		serve(n.t, p.ns, p.Name, 8080)
+		pods = append(pods, p)
+	}
+	return pods
+}
+
 // TestNetworkPolicy: sockets see what policies say, established connections follow, and an agent that
 // starts anew neither opens nor closes anything.
 func TestNetworkPolicy(t *testing.T) {
 	n := newNode(t)
-	a, b, c := n.pod("a"), n.pod("b"), n.pod("c")
-	for _, p := range []*testPod{a, b, c} {
-		n.announce(p)
-		serve(t, p.ns, p.Name, 8080)
-	}
+	pods := n.servingPods("a", "b", "c")
+	a, b, c := pods[0], pods[1], pods[2]
 	web := n.service("web", nil, b)
 	n.routeOutside(b.Addrs...)
 	for i := range 2 {

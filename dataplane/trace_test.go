@@ -132,11 +132,8 @@ func agrees(verdict flows.Verdict, from namespace, network string, to netip.Addr
 // TestTraceExplains: service, candidates, policies, route, and what to change.
 func TestTraceExplains(t *testing.T) {
 	n := newNode(t)
-	a, b, c := n.pod("a"), n.pod("b"), n.pod("c")
-	for _, p := range []*testPod{a, b, c} {
-		n.announce(p)
-		serve(t, p.ns, p.Name, 8080)
-	}
+	pods := n.servingPods("a", "b", "c")
+	a, b, c := pods[0], pods[1], pods[2]
 	web := n.service("web", nil, b, c)
 	eventually(t, "the service", func() error {
 		if err := knock(web.v4); err != nil {

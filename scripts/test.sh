@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 . scripts/host.sh
 need_root
 
-install_missing runc runc iptables iptables ip iproute2 busybox busybox-static
+install_missing runc runc iptables iptables ip iproute2 busybox busybox-static systemd-analyze systemd
 
 # Some tests drive the API with kubectl, as a person would: the host's, or one built from the same
 # release that skep serves.

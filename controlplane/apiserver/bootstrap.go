@@ -103,7 +103,7 @@ func ensureRBAC(ctx context.Context, client kubernetes.Interface) error {
 	for _, r := range slices.Concat(bootstrappolicy.ClusterRoles(), bootstrappolicy.ControllerRoles(), ownClusterRoles) {
 		role(reconciliation.ReconcileRoleOptions{Role: reconciliation.ClusterRoleRuleOwner{ClusterRole: &r}, Client: clusterRoles})
 	}
-	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), ownClusterRoleBindings()) {
+	for _, b := range slices.Concat(bootstrappolicy.ClusterRoleBindings(), bootstrappolicy.ControllerRoleBindings(), ownClusterRoleBindings) {
 		binding(reconciliation.ReconcileRoleBindingOptions{RoleBinding: reconciliation.ClusterRoleBindingAdapter{ClusterRoleBinding: &b}, Client: clusterRoleBindings})
 	}
 	for _, r := range append(slices.Concat(slices.Collect(maps.Values(bootstrappolicy.NamespaceRoles()))...), ownRoles...) {

@@ -63,18 +63,16 @@ var ownClusterRoles = []rbacv1.ClusterRole{
 	}),
 }
 
-func ownClusterRoleBindings() []rbacv1.ClusterRoleBinding {
-	return []rbacv1.ClusterRoleBinding{
-		clusterBinding("skep:node-network", "skep:node-network", group(user.NodesGroup)),
-		clusterBinding(api.InformersUser, api.InformersUser, person(api.InformersUser)),
-		clusterBinding(api.IngressUser, api.IngressUser, person(api.IngressUser)),
-		clusterBinding(api.BootstrapUser, api.BootstrapUser, person(api.BootstrapUser)),
-		clusterBinding("skep:local-path-provisioner", "skep:local-path-provisioner",
-			rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "local-path-provisioner"}),
-		clusterBinding("skep:serving-certificate-approver", "skep:serving-certificate-approver",
-			rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "certificate-controller"}),
-		clusterBinding("skep:node-bootstrapper", "system:node-bootstrapper", group(api.BootstrapGroup)),
-	}
+var ownClusterRoleBindings = []rbacv1.ClusterRoleBinding{
+	clusterBinding("skep:node-network", "skep:node-network", group(user.NodesGroup)),
+	clusterBinding(api.InformersUser, api.InformersUser, person(api.InformersUser)),
+	clusterBinding(api.IngressUser, api.IngressUser, person(api.IngressUser)),
+	clusterBinding(api.BootstrapUser, api.BootstrapUser, person(api.BootstrapUser)),
+	clusterBinding("skep:local-path-provisioner", "skep:local-path-provisioner",
+		rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "local-path-provisioner"}),
+	clusterBinding("skep:serving-certificate-approver", "skep:serving-certificate-approver",
+		rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "certificate-controller"}),
+	clusterBinding("skep:node-bootstrapper", "system:node-bootstrapper", group(api.BootstrapGroup)),
 }
 
 // In kube-system: what nodes agree on, and the objects there that skep itself makes.
@@ -148,7 +146,7 @@ func inForce(ctx context.Context, a authorizer.Authorizer) bool {
 		decision, _, err := a.Authorize(ctx, grant(rule, namespace, subjects[0]))
 		return err == nil && decision == authorizer.DecisionAllow
 	}
-	for _, b := range ownClusterRoleBindings() {
+	for _, b := range ownClusterRoleBindings {
 		if !granted("", b.RoleRef.Name, b.Subjects) {
 			return false
 		}

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/net/netutil"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -62,6 +63,12 @@ type healthServer struct {
 	ports map[string]*healthPort // by Service
 }
 
+// What one port takes at most: connections at a time, and the time for a question and for its answer.
+const (
+	healthConnections = 256
+	healthTimeout     = 10 * time.Second
+)
+
 type healthPort struct {
 	port   uint16
 	server *http.Server
@@ -100,8 +107,11 @@ func (s *healthServer) set(ctx context.Context, service types.NamespacedName, wa
 			return fmt.Errorf("health check node port %d: %w", want.Port, err)
 		}
 		have = &healthPort{port: want.Port, local: want.Local}
-		have.server = &http.Server{Handler: have.handler(service), ReadHeaderTimeout: 10 * time.Second}
+		// Strangers ask: whoever is slow, or stays without asking, is not waited for.
+		have.server = &http.Server{Handler: have.handler(service), ReadTimeout: healthTimeout, WriteTimeout: healthTimeout,
+			IdleTimeout: time.Minute, MaxHeaderBytes: 8 << 10}
 		s.ports[key] = have
+		l = netutil.LimitListener(l, healthConnections)
 		go func() {
 			if err := have.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 				s.log.Error("health check node port ended", "service", key, "port", want.Port, "err", err)

@@ -34,13 +34,18 @@ func (l *LocalPaths) Make(name string) error {
 		return err
 	}
 	path := filepath.Join(l.dir, name)
-	if err := os.Mkdir(path, 0o700); err != nil {
-		if errors.Is(err, fs.ErrExist) {
-			return nil
-		}
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	if err := os.Chmod(path, 0o777); err != nil { // whatever the umask
+	// It gets its name when it is complete: a crash in between leaves no volume that nobody may write in.
+	unnamed := filepath.Join(l.dir, ".making-"+name)
+	if err := os.Mkdir(unnamed, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := os.Chmod(unnamed, 0o777); err != nil { // whatever the umask
+		return err
+	}
+	if err := os.Rename(unnamed, path); err != nil {
 		return err
 	}
 	return syncDir(l.dir)

@@ -23,10 +23,10 @@ ROOT := @echo 'This needs root, and there is no sudo here: run the same command 
 endif
 endif
 
-.PHONY: help build run dist test bench generate lint fmt clean images
+.PHONY: help build root run dist test soak scale conformance bench generate lint fmt clean images
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build skep and the containerd shim into .build/bin
 	go build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/...
@@ -34,11 +34,28 @@ build: ## Build skep and the containerd shim into .build/bin
 images: build ## Build the example images from source into .build/images
 	./scripts/build-images.sh $(BUILD)/images
 
-run: images ## Start a node on this machine, deploy examples/hello, wait until it answers on port 80
+root: # before anything is built
+	@$(ROOT) true
+
+run: root images ## Start a node on this machine, deploy examples/hello, wait until it answers on port 80
 	$(ROOT) ./scripts/run.sh
 
 test: ## Run every test; the kernel is real, so this needs root
 	$(ROOT) ./scripts/test.sh
+
+SOAK := 1h
+soak: root ## Let one fault after the other happen to a cluster of five nodes for as long as SOAK says (default 1h)
+	$(ROOT) go test ./tests/e2e -count=1 -v -timeout 0 -run 'TestFaults$$' -args -soak $(SOAK)
+
+NODES := 1000
+scale: root ## Let one server control hollow nodes, ten times as many from line to line up to NODES (default 1000, of 30 pods each)
+	$(ROOT) go run ./tests/scale -nodes $(NODES)
+
+FOCUS := \[Conformance\]
+SKIP  :=
+PROCS := 1
+conformance: root ## Run Kubernetes' own conformance suite on two nodes: FOCUS= and SKIP= are regular expressions, PROCS= how many tests at once
+	$(ROOT) go run ./tests/conformance -focus '$(FOCUS)' -skip '$(SKIP)' -procs $(PROCS)
 
 bench: ## Measure speed, memory and scale beside peers; prints the table of docs/benchmarks.md
 	$(ROOT) ./scripts/bench.sh

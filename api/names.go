@@ -21,6 +21,8 @@ const (
 	ServerConfigPath = ConfigDir + "/server.yaml"
 	// AgentConfigPath is the same for `skep agent`.
 	AgentConfigPath = ConfigDir + "/agent.yaml"
+	// RegistryConfigDir says where images come from instead, and whom to trust there, registry by registry.
+	RegistryConfigDir = ConfigDir + "/certs.d"
 	// PodLogsDir has the layout that log collectors know from kubelet:
 	// NAMESPACE_NAME_UID/CONTAINER/ATTEMPT.log.
 	PodLogsDir = "/var/log/pods"
@@ -33,6 +35,7 @@ const (
 	DefaultClusterDomain = "cluster.local"
 	DefaultAPIPort       = 6443
 	DefaultNodeAPIPort   = 10250
+	DefaultPeerPort      = 2380 // where servers reach each other's part of the store
 )
 
 // Names of objects that skep itself creates.
@@ -52,6 +55,10 @@ const (
 	LocalPathAnnotation  = "skep.io/local-path"
 	// BootstrapGroup is whom tokens of `skep token create` authenticate as, besides their id.
 	BootstrapGroup = "system:bootstrappers:skep:agents"
+	// ServerBootstrapGroup is whom tokens of `skep token create --for-server` authenticate as, and JoinPath what they may
+	// ask for: the cluster's keys, and a place among its servers.
+	ServerBootstrapGroup = "system:bootstrappers:skep:servers"
+	JoinPath             = "/skep/v1/join"
 	// InformersUser, IngressUser and BootstrapUser are parts of a server that act within its process.
 	// Their roles have the same names.
 	InformersUser = "system:skep:informers"
@@ -60,6 +67,17 @@ const (
 	// ClusterConfigMap, in kube-system, tells nodes what they have to agree on: its keys are flags of
 	// `skep server`.
 	ClusterConfigMap = "skep-cluster"
+	// AuthoritiesKey in it has the certificates of the authorities to trust, in PEM, the one that signs first. On its Node
+	// a machine says by the annotations whom it trusts and who signed its certificate.
+	AuthoritiesKey               = "certificate-authorities"
+	TrustedAuthoritiesAnnotation = "skep.io/trusted-authorities"
+	AuthorityAnnotation          = "skep.io/certificate-authority"
+
+	// AlgorithmAnnotation on a Service says how its packets choose a backend: AlgorithmMaglev or AlgorithmRandom.
+	// Without it, those that come from outside choose by Maglev. Sockets choose at random.
+	AlgorithmAnnotation = "skep.io/lb-algorithm"
+	AlgorithmMaglev     = "maglev"
+	AlgorithmRandom     = "random"
 
 	// AddressPoolAnnotation on a Service of type LoadBalancer names the AddressPool to take from, and
 	// AddressesAnnotation the addresses, one a family, separated by commas.

@@ -7,6 +7,7 @@
  * does not fit.
  */
 #pragma once
+#include "counters.h"
 #include "packet.h"
 
 enum flow_flags {
@@ -20,6 +21,7 @@ enum flow_flags {
 	FLOW_SOURCE_IS_NODE = 1 << 7, /* becomes the node's: routed here, as the stack refuses it */
 	FLOW_OPENED_BACK = 1 << 8,    /* by a packet with the tuple in the opposite order */
 	FLOW_FROM_NODE = 1 << 9,      /* opened by the node itself, which no policy denies */
+	FLOW_DSR = 1 << 11,	      /* the backend's node answers the client itself */
 	FLOW_OPENED_BY_PEER =
 	    1 << 10, /* for flow_open only: by the other end of the packet it gets */
 };
@@ -75,10 +77,19 @@ static __always_inline __u32 tuple_canonical(struct tuple *out, const struct tup
 	return 1;
 }
 
+/*
+ * Two calls: of one that is given either map the kernel does not know which, and goes through the
+ * map's operations instead of having its look-up inlined.
+ */
 static __always_inline void *flow_lookup(const struct tuple *key)
 {
-	if (key->proto == IPPROTO_TCP)
-		return bpf_map_lookup_elem(&conntrack_tcp, key);
+	void *f;
+
+	if (key->proto == IPPROTO_TCP) {
+		f = bpf_map_lookup_elem(&conntrack_tcp, key);
+		barrier();
+		return f;
+	}
 	return bpf_map_lookup_elem(&conntrack_udp, key);
 }
 
@@ -97,14 +108,58 @@ static __always_inline bool flow_translates(const struct flow *f, __u32 reversed
 	return f->flags & FLOW_TRANSLATED && f->reversed == reversed;
 }
 
+/*
+ * Notes a flow under a key in canonical order. What drives others out is never told:
+ * dataplane/conntrack finds it as what was noted here, less what was forgotten, less what is there.
+ */
+__global int flow_keep(const struct tuple *key, const struct flow *f, __u64 how)
+{
+	bool tcp;
+	long err;
+
+	if (!key || !f)
+		return -EINVAL;
+	tcp = key->proto == IPPROTO_TCP;
+	if (tcp)
+		err = bpf_map_update_elem(&conntrack_tcp, key, f, BPF_NOEXIST);
+	else
+		err = bpf_map_update_elem(&conntrack_udp, key, f, BPF_NOEXIST);
+	if (likely(!err)) {
+		count_exactly(tcp ? COUNT_FLOW_TCP_ADDED : COUNT_FLOW_UDP_ADDED, 1);
+		return 0;
+	}
+	if (err != -EEXIST) {
+		count(tcp ? COUNT_FLOW_TCP_FAILED : COUNT_FLOW_UDP_FAILED);
+		return err;
+	}
+	if (how != BPF_ANY)
+		return err;
+	if (tcp)
+		return bpf_map_update_elem(&conntrack_tcp, key, f, BPF_ANY);
+	return bpf_map_update_elem(&conntrack_udp, key, f, BPF_ANY);
+}
+
 static __always_inline long flow_insert(const struct tuple *t, struct flow *f, __u64 how)
 {
 	struct tuple key;
 
 	f->reversed = tuple_canonical(&key, t);
-	if (key.proto == IPPROTO_TCP)
-		return bpf_map_update_elem(&conntrack_tcp, &key, f, how);
-	return bpf_map_update_elem(&conntrack_udp, &key, f, how);
+	return flow_keep(&key, f, how);
+}
+
+/* Forgets the flow under a key in canonical order. */
+static __always_inline long flow_forget(const struct tuple *key)
+{
+	bool tcp = key->proto == IPPROTO_TCP;
+	long err;
+
+	if (tcp)
+		err = bpf_map_delete_elem(&conntrack_tcp, key);
+	else
+		err = bpf_map_delete_elem(&conntrack_udp, key);
+	if (!err)
+		count_exactly(tcp ? COUNT_FLOW_TCP_REMOVED : COUNT_FLOW_UDP_REMOVED, 1);
+	return err;
 }
 
 static __always_inline __u32 flow_flags_of(__u8 tcp_flags, __u32 reversed)
@@ -120,11 +175,18 @@ static __always_inline __u32 flow_flags_of(__u8 tcp_flags, __u32 reversed)
 
 #define FLOW_OVER (FLOW_FIN | FLOW_FIN_BACK | FLOW_RST)
 
-/* Notes a packet of a known flow. Writes only what changed: the entry's cache line is shared. */
-static __always_inline void flow_touch(struct flow *f, __u8 tcp_flags, __u32 reversed)
+/*
+ * Notes a packet of a known flow. Writes only what changed: the entry's cache line is shared.
+ * Returns whether this is the flow's last packet: a reset, or the acknowledgement after both ends'
+ * FIN.
+ */
+static __always_inline bool flow_touch(struct flow *f, __u8 tcp_flags, __u32 reversed)
 {
 	__u64 now = bpf_ktime_get_coarse_ns();
 	__u32 flags = flow_flags_of(tcp_flags, reversed);
+	bool last = tcp_flags & TCP_RST ||
+		    ((f->flags & (FLOW_FIN | FLOW_FIN_BACK)) == (FLOW_FIN | FLOW_FIN_BACK) &&
+		     !(tcp_flags & (TCP_FIN | TCP_SYN)));
 
 	if (unlikely(tcp_flags & TCP_SYN && f->flags & FLOW_OVER)) {
 		/* The same ports used again. */
@@ -134,8 +196,26 @@ static __always_inline void flow_touch(struct flow *f, __u8 tcp_flags, __u32 rev
 	if ((f->flags & flags) != flags)
 		f->flags |= flags;
 	else if (now - f->last_seen < FLOW_REFRESH_NS)
-		return;
+		return last;
 	f->last_seen = now;
+	return last;
+}
+
+/*
+ * Notes a packet of a flow that is not translated, and forgets the flow with its last packet, so
+ * that the map stays as small as what is open. What a peer sends again afterwards is a flow that
+ * nobody knows who opened, which passes if either end may have; not so if that was the node, whose
+ * own connections no policy denies.
+ */
+static __always_inline void flow_pass(struct flow *f, const struct packet *p, __u32 reversed)
+{
+	struct tuple key;
+
+	if (likely(!flow_touch(f, p->tcp_flags, reversed)) ||
+	    f->flags & (FLOW_TRANSLATED | FLOW_FROM_NODE) || p->tuple.proto != IPPROTO_TCP)
+		return;
+	tuple_canonical(&key, &p->tuple);
+	flow_forget(&key);
 }
 
 /* The tuple of the answer to a packet with tuple t. */
@@ -170,8 +250,5 @@ static __always_inline void flow_open(struct flow *f, const struct packet *p, __
 	/* An index would become a bitwise or on the stack pointer, which the verifier refuses. */
 	f->ifindex[0] = reversed ? 0 : from_pod;
 	f->ifindex[1] = reversed ? from_pod : 0;
-	if (key.proto == IPPROTO_TCP)
-		bpf_map_update_elem(&conntrack_tcp, &key, f, BPF_ANY);
-	else
-		bpf_map_update_elem(&conntrack_udp, &key, f, BPF_ANY);
+	flow_keep(&key, f, BPF_ANY);
 }

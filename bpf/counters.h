@@ -29,7 +29,17 @@ enum counter {
 	COUNT_DROP_SOURCE_RANGE,  /* the client is in none of the service's source ranges */
 	COUNT_BYTES_POD_EGRESS,	  /* of the packets counted above, with their Ethernet headers */
 	COUNT_BYTES_POD_INGRESS,
-	COUNT_DROP_NO_FRONTEND, /* to an announced address, where no service answers */
+	COUNT_DROP_NO_FRONTEND, /* refused: to an announced address, where no service answers */
+	COUNT_DROP_TOO_BIG,	/* for the next link, and nobody can be told */
+	COUNT_ERROR_TRANSLATED, /* ICMP errors about translated flows */
+	COUNT_TOO_BIG,		/* packets that the stack was asked to refuse with their MTU */
+	COUNT_XDP_FORWARDED,	/* at the driver, to a backend elsewhere or back to its client */
+	COUNT_FLOW_TCP_ADDED,	/* flows noted, */
+	COUNT_FLOW_UDP_ADDED,
+	COUNT_FLOW_TCP_REMOVED, /* forgotten because they were over, */
+	COUNT_FLOW_UDP_REMOVED,
+	COUNT_FLOW_TCP_FAILED, /* and not noted for want of room */
+	COUNT_FLOW_UDP_FAILED,
 	COUNT_MAX,
 };
 
@@ -53,4 +63,14 @@ static __always_inline void count_more(enum counter what, __u64 more)
 static __always_inline void count(enum counter what)
 {
 	count_more(what, 1);
+}
+
+/* For what is added up with others: no tick is lost. */
+static __always_inline void count_exactly(enum counter what, __u64 more)
+{
+	__u32 index = what;
+	__u64 *n = bpf_map_lookup_elem(&counters, &index);
+
+	if (n)
+		__sync_fetch_and_add(n, more);
 }

@@ -50,6 +50,8 @@ struct node {
 	struct address address_v6;
 	struct address gateway_v4; /* the pods' gateway, on device skep0: for hairpins */
 	struct address gateway_v6;
+	__u32 mtu; /* of the way to pods of other nodes */
+	__u32 pad;
 };
 
 struct {

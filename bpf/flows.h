@@ -29,7 +29,7 @@ struct flow_event {
 	__u32 set;	  /* policies that denied it, POLICY_CLOSED included */
 	__u32 ifindex;	  /* the pod's device that it came from, if that is known */
 	__u32 suppressed; /* events of this kind and CPU since the last one */
-	__u32 pad2;
+	__u32 rule;	  /* of an administrator, that denied it */
 };
 
 _Static_assert(sizeof(struct flow_event) == 96, "dataplane/maps has the same layout");
@@ -113,8 +113,8 @@ static __always_inline void event_end(struct flow_event *e)
 	bpf_ringbuf_submit(e, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 }
 
-/* A packet is dropped: by a set of policies, or for another reason. */
-__global int report_drop(const struct tuple *t, __u32 reason, __u32 set, __u32 ifindex)
+/* A packet is dropped: by a set of policies and a rule of theirs, or for another reason. */
+__global int report_drop(const struct tuple *t, __u32 reason, __u32 set, __u32 rule, __u32 ifindex)
 {
 	struct flow_event *e;
 
@@ -126,6 +126,7 @@ __global int report_drop(const struct tuple *t, __u32 reason, __u32 set, __u32 i
 	e->connection = *t;
 	e->reason = reason;
 	e->set = set;
+	e->rule = rule;
 	e->ifindex = ifindex;
 	event_end(e);
 	return 0;
@@ -135,7 +136,7 @@ __global int report_drop(const struct tuple *t, __u32 reason, __u32 set, __u32 i
 static __always_inline void drop(enum counter reason, const struct packet *p, __u32 ifindex)
 {
 	count(reason);
-	report_drop(&p->tuple, reason, 0, ifindex);
+	report_drop(&p->tuple, reason, 0, 0, ifindex);
 }
 
 /* A connection is opened; asked is what the client asked for, if that is a service. */

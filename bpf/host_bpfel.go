@@ -27,6 +27,8 @@ const (
 	HostMapEventBudgets        = "event_budgets"
 	HostMapFlowEvents          = "flow_events"
 	HostMapFlowFollowers       = "flow_followers"
+	HostMapFragments           = "fragments"
+	HostMapHandedUp            = "handed_up"
 	HostMapIdentities          = "identities"
 	HostMapJudgements          = "judgements"
 	HostMapNode                = "node"
@@ -36,15 +38,19 @@ const (
 	HostMapPolicyDrops         = "policy_drops"
 	HostMapPolicySlots         = "policy_slots"
 	HostMapPolicyState         = "policy_state"
+	HostMapQuotes              = "quotes"
 	HostMapRanges              = "ranges"
 	HostMapServices            = "services"
 	HostMapSlots               = "slots"
 	HostMapSocketPeers         = "socket_peers"
 	HostMapSourceRanges        = "source_ranges"
+	HostMapTables              = "tables"
+	HostProgCountTakenOver     = "count_taken_over"
 	HostProgForgetFlow         = "forget_flow"
 	HostProgFromOutside        = "from_outside"
 	HostProgToOutside          = "to_outside"
 	HostVarDropEventsPerSecond = "drop_events_per_second"
+	HostVarDsrProtocols        = "dsr_protocols"
 	HostVarOpenEventsPerSecond = "open_events_per_second"
 )
 
@@ -90,9 +96,10 @@ type HostSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostProgramSpecs struct {
-	ForgetFlow  *ebpf.ProgramSpec `ebpf:"forget_flow"`
-	FromOutside *ebpf.ProgramSpec `ebpf:"from_outside"`
-	ToOutside   *ebpf.ProgramSpec `ebpf:"to_outside"`
+	CountTakenOver *ebpf.ProgramSpec `ebpf:"count_taken_over"`
+	ForgetFlow     *ebpf.ProgramSpec `ebpf:"forget_flow"`
+	FromOutside    *ebpf.ProgramSpec `ebpf:"from_outside"`
+	ToOutside      *ebpf.ProgramSpec `ebpf:"to_outside"`
 }
 
 // HostMapSpecs contains maps before they are loaded into the kernel.
@@ -110,6 +117,8 @@ type HostMapSpecs struct {
 	EventBudgets  *ebpf.MapSpec `ebpf:"event_budgets"`
 	FlowEvents    *ebpf.MapSpec `ebpf:"flow_events"`
 	FlowFollowers *ebpf.MapSpec `ebpf:"flow_followers"`
+	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	HandedUp      *ebpf.MapSpec `ebpf:"handed_up"`
 	Identities    *ebpf.MapSpec `ebpf:"identities"`
 	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
@@ -119,11 +128,13 @@ type HostMapSpecs struct {
 	PolicyDrops   *ebpf.MapSpec `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.MapSpec `ebpf:"policy_slots"`
 	PolicyState   *ebpf.MapSpec `ebpf:"policy_state"`
+	Quotes        *ebpf.MapSpec `ebpf:"quotes"`
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
 	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
+	Tables        *ebpf.MapSpec `ebpf:"tables"`
 }
 
 // HostVariableSpecs contains global variables before they are loaded into the kernel.
@@ -131,6 +142,7 @@ type HostMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type HostVariableSpecs struct {
 	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
+	DsrProtocols        *ebpf.VariableSpec `ebpf:"dsr_protocols"`
 	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
@@ -165,6 +177,8 @@ type HostMaps struct {
 	EventBudgets  *ebpf.Map `ebpf:"event_budgets"`
 	FlowEvents    *ebpf.Map `ebpf:"flow_events"`
 	FlowFollowers *ebpf.Map `ebpf:"flow_followers"`
+	Fragments     *ebpf.Map `ebpf:"fragments"`
+	HandedUp      *ebpf.Map `ebpf:"handed_up"`
 	Identities    *ebpf.Map `ebpf:"identities"`
 	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
@@ -174,11 +188,13 @@ type HostMaps struct {
 	PolicyDrops   *ebpf.Map `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.Map `ebpf:"policy_slots"`
 	PolicyState   *ebpf.Map `ebpf:"policy_state"`
+	Quotes        *ebpf.Map `ebpf:"quotes"`
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
 	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
+	Tables        *ebpf.Map `ebpf:"tables"`
 }
 
 func (m *HostMaps) Close() error {
@@ -194,6 +210,8 @@ func (m *HostMaps) Close() error {
 		m.EventBudgets,
 		m.FlowEvents,
 		m.FlowFollowers,
+		m.Fragments,
+		m.HandedUp,
 		m.Identities,
 		m.Judgements,
 		m.Node,
@@ -203,11 +221,13 @@ func (m *HostMaps) Close() error {
 		m.PolicyDrops,
 		m.PolicySlots,
 		m.PolicyState,
+		m.Quotes,
 		m.Ranges,
 		m.Services,
 		m.Slots,
 		m.SocketPeers,
 		m.SourceRanges,
+		m.Tables,
 	)
 }
 
@@ -216,6 +236,7 @@ func (m *HostMaps) Close() error {
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostVariables struct {
 	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
+	DsrProtocols        *ebpf.Variable `ebpf:"dsr_protocols"`
 	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 
@@ -223,13 +244,15 @@ type HostVariables struct {
 //
 // It can be passed to LoadHostObjects or ebpf.CollectionSpec.LoadAndAssign.
 type HostPrograms struct {
-	ForgetFlow  *ebpf.Program `ebpf:"forget_flow"`
-	FromOutside *ebpf.Program `ebpf:"from_outside"`
-	ToOutside   *ebpf.Program `ebpf:"to_outside"`
+	CountTakenOver *ebpf.Program `ebpf:"count_taken_over"`
+	ForgetFlow     *ebpf.Program `ebpf:"forget_flow"`
+	FromOutside    *ebpf.Program `ebpf:"from_outside"`
+	ToOutside      *ebpf.Program `ebpf:"to_outside"`
 }
 
 func (p *HostPrograms) Close() error {
 	return _HostClose(
+		p.CountTakenOver,
 		p.ForgetFlow,
 		p.FromOutside,
 		p.ToOutside,

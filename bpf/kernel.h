@@ -57,6 +57,8 @@ enum { BPF_ANY = 0, BPF_NOEXIST = 1 };
 enum { BPF_RB_NO_WAKEUP = 1, BPF_RB_FORCE_WAKEUP = 2 };
 enum { BPF_RB_AVAIL_DATA = 0 };
 #define BPF_SK_STORAGE_GET_F_CREATE 1ULL
+#define BPF_ADJ_ROOM_NET	    0 /* after the IP header without options */
+#define BPF_F_RECOMPUTE_CSUM	    1ULL
 #define BPF_F_HDR_FIELD_MASK	    0xfULL
 #define BPF_F_PSEUDO_HDR	    (1ULL << 4)
 #define BPF_F_MARK_MANGLED_0	    (1ULL << 5)
@@ -69,6 +71,7 @@ enum { BPF_RB_AVAIL_DATA = 0 };
 #define IPPROTO_UDP	 17
 #define IPPROTO_FRAGMENT 44
 #define IPPROTO_ICMPV6	 58
+#define IPPROTO_DSTOPTS	 60
 #define IPPROTO_SCTP	 132
 #define IPPROTO_MPTCP	 262 /* on the wire it is TCP */
 #define EPERM		 1
@@ -84,8 +87,14 @@ enum { BPF_RB_AVAIL_DATA = 0 };
 
 /* tcx and clsact direct-action share these; UNSPEC lets the next program decide. */
 enum { TC_ACT_UNSPEC = -1, TC_ACT_OK = 0, TC_ACT_SHOT = 2 };
+enum { XDP_ABORTED, XDP_DROP, XDP_PASS, XDP_TX };
 enum { SK_DROP = 0, SK_PASS = 1 };
-enum { BPF_FIB_LKUP_RET_SUCCESS = 0, BPF_FIB_LKUP_RET_NO_NEIGH = 7 };
+enum {
+	BPF_FIB_LKUP_RET_SUCCESS = 0,
+	BPF_FIB_LKUP_RET_NO_NEIGH = 7,
+	BPF_FIB_LKUP_RET_FRAG_NEEDED = 8,
+};
+#define BPF_MTU_CHK_SEGS 1 /* of a segmented packet each segment counts */
 
 struct bpf_sock;
 
@@ -122,6 +131,13 @@ struct __sk_buff {
 		struct bpf_sock *sk; /* who sent it, until its address is looked up */
 		__u64 : 64;
 	} __attribute__((aligned(8)));
+};
+
+struct xdp_md {
+	__u32 data, data_end, data_meta;
+	__u32 ingress_ifindex;
+	__u32 rx_queue_index;
+	__u32 egress_ifindex;
 };
 
 struct bpf_sk_lookup {
@@ -173,6 +189,13 @@ static long (*const bpf_l4_csum_replace)(struct __sk_buff *skb, __u32 offset, __
 static long (*const bpf_redirect)(__u32 ifindex, __u64 flags) = (void *)23;
 static long (*const bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to,
 					__u32 len) = (void *)26;
+static __u64 (*const bpf_xdp_get_buff_len)(struct xdp_md *ctx) = (void *)188;
+static long (*const bpf_xdp_load_bytes)(const void *ctx, __u32 offset, void *to,
+					__u32 len) = (void *)189;
+static long (*const bpf_xdp_store_bytes)(struct xdp_md *ctx, __u32 offset, const void *from,
+					 __u32 len) = (void *)190;
+static long (*const bpf_skb_adjust_room)(struct __sk_buff *skb, __s32 more, __u32 mode,
+					 __u64 flags) = (void *)50;
 static __s64 (*const bpf_csum_diff)(__be32 *from, __u32 from_size, __be32 *to, __u32 to_size,
 				    __u32 seed) = (void *)28;
 static long (*const bpf_skb_change_tail)(struct __sk_buff *skb, __u32 len,
@@ -192,6 +215,8 @@ static long (*const bpf_redirect_neigh)(__u32 ifindex, struct bpf_redir_neigh *p
 					__u64 flags) = (void *)152;
 static long (*const bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155;
 static __u64 (*const bpf_ktime_get_coarse_ns)(void) = (void *)160;
+static long (*const bpf_check_mtu)(void *ctx, __u32 ifindex, __u32 *length, __s32 more,
+				   __u64 flags) = (void *)163;
 static int (*const bpf_set_retval)(int retval) = (void *)187;
 
 /* Dual-licensed like these files; the kernel accepts it for helpers marked GPL only. */

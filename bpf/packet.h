@@ -11,19 +11,27 @@ struct tuple {
 };
 
 enum parsed {
-	PARSED_PORTS,	  /* TCP, UDP or SCTP, whole: everything below is set */
-	PARSED_ADDRESSES, /* other protocols and fragments: addresses and proto only */
+	PARSED_PORTS,	  /* TCP, UDP or SCTP: everything below is set */
+	PARSED_ADDRESSES, /* other protocols and later fragments: no ports */
 	PARSED_NOT_IP,
 	PARSED_MALFORMED,
 };
 
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
 
+enum piece {
+	PIECE_WHOLE,
+	PIECE_FIRST, /* a fragment that has the transport's header */
+	PIECE_LATER, /* one that has none */
+};
+
 struct packet {
 	struct tuple tuple;
 	__u16 l4; /* offset of the transport header */
 	__u8 tcp_flags;
 	bool v4;
+	__u8 piece; /* enum piece */
+	__u32 id;   /* of the datagram that it is a piece of, as on the wire */
 };
 
 struct ipv4_header {
@@ -40,6 +48,12 @@ struct ipv6_header {
 	__be16 payload;
 	__u8 next, hop_limit;
 	struct address saddr, daddr;
+};
+
+struct fragment_header {
+	__u8 next, reserved;
+	__be16 offset;
+	__be32 id;
 };
 
 struct tcp_header {
@@ -59,13 +73,23 @@ struct sctp_header {
 	__be32 tag, check;
 };
 
-#define IPV4_SADDR 12
-#define IPV4_CHECK 10
-#define IPV6_SADDR 8
-#define TCP_CHECK  16
-#define UDP_CHECK  6
+#define IPV4_SADDR    12
+#define IPV4_FRAGMENT 6
+#define IPV4_DF	      0x4000
+#define IPV4_MORE     0x2000
+#define IPV4_OFFSET   0x1fff
+#define IPV4_CHECK    10
+#define IPV6_PAYLOAD  4
+#define IPV6_SADDR    8
+#define IPV6_MORE     1
+#define IPV6_OFFSET   0xfff8
+#define TCP_CHECK     16
+#define UDP_CHECK     6
 
-static __always_inline enum parsed parse_l4(struct __sk_buff *skb, struct packet *p)
+/* How a program reads a packet: bpf_skb_load_bytes, or bpf_xdp_load_bytes. */
+typedef long load_bytes(const void *ctx, __u32 offset, void *to, __u32 length);
+
+static __always_inline enum parsed parse_l4(void *ctx, load_bytes *load, struct packet *p)
 {
 	struct tcp_header tcp;
 	struct sctp_header sctp;
@@ -73,20 +97,20 @@ static __always_inline enum parsed parse_l4(struct __sk_buff *skb, struct packet
 
 	switch (p->tuple.proto) {
 	case IPPROTO_TCP:
-		if (bpf_skb_load_bytes(skb, p->l4, &tcp, sizeof(tcp)))
+		if (load(ctx, p->l4, &tcp, sizeof(tcp)))
 			return PARSED_MALFORMED;
 		p->tuple.sport = tcp.sport;
 		p->tuple.dport = tcp.dport;
 		p->tcp_flags = tcp.flags;
 		return PARSED_PORTS;
 	case IPPROTO_UDP:
-		if (bpf_skb_load_bytes(skb, p->l4, &udp, sizeof(udp)))
+		if (load(ctx, p->l4, &udp, sizeof(udp)))
 			return PARSED_MALFORMED;
 		p->tuple.sport = udp.sport;
 		p->tuple.dport = udp.dport;
 		return PARSED_PORTS;
 	case IPPROTO_SCTP: /* never a service: nothing rewrites its CRC */
-		if (bpf_skb_load_bytes(skb, p->l4, &sctp, sizeof(sctp)))
+		if (load(ctx, p->l4, &sctp, sizeof(sctp)))
 			return PARSED_MALFORMED;
 		p->tuple.sport = sctp.sport;
 		p->tuple.dport = sctp.dport;
@@ -95,41 +119,47 @@ static __always_inline enum parsed parse_l4(struct __sk_buff *skb, struct packet
 	return PARSED_ADDRESSES;
 }
 
-static __always_inline enum parsed parse_v4(struct __sk_buff *skb, struct packet *p)
+static __always_inline enum parsed parse_v4(void *ctx, load_bytes *load, __u32 length,
+					    struct packet *p)
 {
 	struct ipv4_header ip;
 	__u32 header;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (load(ctx, ETH_HLEN, &ip, sizeof(ip)))
 		return PARSED_MALFORMED;
 	header = (ip.version_ihl & 0x0f) * 4;
 	if (ip.version_ihl >> 4 != 4 || header < sizeof(ip) || bpf_ntohs(ip.total) < header ||
-	    bpf_ntohs(ip.total) > skb->len - ETH_HLEN)
+	    bpf_ntohs(ip.total) > length - ETH_HLEN)
 		return PARSED_MALFORMED;
 	p->v4 = true;
 	address_from_v4(&p->tuple.saddr, ip.saddr);
 	address_from_v4(&p->tuple.daddr, ip.daddr);
 	p->tuple.proto = ip.proto;
 	p->l4 = ETH_HLEN + header;
-	/* More fragments or an offset: ports are not in every piece, so no piece is translated. */
-	if (ip.fragment & bpf_htons(0x3fff))
-		return PARSED_ADDRESSES;
-	return parse_l4(skb, p);
+	if (unlikely(ip.fragment & bpf_htons(IPV4_MORE | IPV4_OFFSET))) {
+		p->id = ip.id;
+		p->piece = ip.fragment & bpf_htons(IPV4_OFFSET) ? PIECE_LATER : PIECE_FIRST;
+		if (p->piece == PIECE_LATER)
+			return PARSED_ADDRESSES;
+	}
+	return parse_l4(ctx, load, p);
 }
 
 /* Extension headers that may stand before the transport header; more of them is not translated. */
 #define EXTENSIONS 4
 
-static __always_inline enum parsed parse_v6(struct __sk_buff *skb, struct packet *p)
+static __always_inline enum parsed parse_v6(void *ctx, load_bytes *load, __u32 length,
+					    struct packet *p)
 {
+	struct fragment_header fragment;
 	struct ipv6_header ip;
 	__u8 extension[2];
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (load(ctx, ETH_HLEN, &ip, sizeof(ip)))
 		return PARSED_MALFORMED;
 	/* A jumbogram says 0; longer than 64 kB segments (BIG TCP) do, too. */
 	if ((ip.version_class_flow & bpf_htonl(0xf0000000)) != bpf_htonl(0x60000000) ||
-	    bpf_ntohs(ip.payload) + sizeof(ip) > skb->len - ETH_HLEN)
+	    bpf_ntohs(ip.payload) + sizeof(ip) > length - ETH_HLEN)
 		return PARSED_MALFORMED;
 	p->tuple.saddr = ip.saddr;
 	p->tuple.daddr = ip.daddr;
@@ -139,29 +169,58 @@ static __always_inline enum parsed parse_v6(struct __sk_buff *skb, struct packet
 		switch (p->tuple.proto) {
 		case 0:	 /* hop by hop */
 		case 43: /* routing */
-		case 60: /* destination options */
-			if (bpf_skb_load_bytes(skb, p->l4, extension, sizeof(extension)))
+		case IPPROTO_DSTOPTS:
+			if (load(ctx, p->l4, extension, sizeof(extension)))
 				return PARSED_MALFORMED;
 			p->tuple.proto = extension[0];
 			p->l4 += (extension[1] + 1) * 8;
 			continue;
-		case 44: /* fragment */
-			return PARSED_ADDRESSES;
+		case IPPROTO_FRAGMENT:
+			if (load(ctx, p->l4, &fragment, sizeof(fragment)))
+				return PARSED_MALFORMED;
+			p->tuple.proto = fragment.next;
+			p->l4 += sizeof(fragment);
+			/* One that is the whole datagram is no fragment (RFC 6946). */
+			if (!(fragment.offset & bpf_htons(IPV6_MORE | IPV6_OFFSET)))
+				continue;
+			p->id = fragment.id;
+			p->piece = PIECE_LATER;
+			if (fragment.offset & bpf_htons(IPV6_OFFSET))
+				return PARSED_ADDRESSES;
+			p->piece = PIECE_FIRST;
+			continue;
 		}
-		return parse_l4(skb, p);
+		return parse_l4(ctx, load, p);
 	}
 	return PARSED_ADDRESSES;
 }
 
-static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p)
+/* protocol is the Ethernet header's, length that of the whole frame. */
+static __always_inline enum parsed parse_with(void *ctx, load_bytes *load, __be16 protocol,
+					      __u32 length, struct packet *p)
 {
-	switch (skb->protocol) {
+	switch (protocol) {
 	case bpf_htons(ETH_P_IP):
-		return parse_v4(skb, p);
+		return parse_v4(ctx, load, length, p);
 	case bpf_htons(ETH_P_IPV6):
-		return parse_v6(skb, p);
+		return parse_v6(ctx, load, length, p);
 	}
 	return PARSED_NOT_IP;
+}
+
+static __always_inline enum parsed parse(struct __sk_buff *skb, struct packet *p)
+{
+	return parse_with(skb, bpf_skb_load_bytes, skb->protocol, skb->len, p);
+}
+
+/* One's complement: what becomes of a checksum when what it covers changes by diff. */
+static __always_inline __u16 sum_after(__u16 check, __u64 diff)
+{
+	__u64 sum = (__u16)~check + (diff & 0xffff) + (diff >> 16 & 0xffff);
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
 }
 
 /* BPF_F_IPV6 keeps a NIC's whole-packet checksum right; before Linux 6.16 there is no such flag. */

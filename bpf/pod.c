@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 //go:build ignore
 /* Both directions of the node's end of a pod's veth. */
-#include "nat.h"
-#include "stateless.h"
+#include "portless.h"
 
 /* Neighbour discovery and the like: link-local or unspecified source, never leaves the link. */
 static __always_inline bool is_link_local_v6(const struct packet *p)
@@ -22,6 +21,12 @@ static __always_inline bool is_source(struct __sk_buff *skb, const struct packet
 	struct endpoint *self = bpf_map_lookup_elem(&endpoints, &p->tuple.saddr);
 
 	return self && self->ifindex == skb->ifindex;
+}
+
+/* Whether the packet's destination is a pod of this node. */
+static __always_inline bool is_local(const struct packet *p)
+{
+	return bpf_map_lookup_elem(&endpoints, &p->tuple.daddr);
 }
 
 /* A packet of a flow that is known to be translated. */
@@ -47,9 +52,11 @@ int from_pod(struct __sk_buff *skb)
 	enum opening opening = OPENED;
 	struct flow *f;
 	enum parsed parsed = parse(skb, &p);
+	enum portless how;
 
 	count(COUNT_POD_EGRESS);
 	count_more(COUNT_BYTES_POD_EGRESS, skb->len);
+	fragment_begin(&p);
 	if (parsed == PARSED_PORTS) {
 		f = flow_find(&p.tuple, &reversed);
 		/* A flow that this device was found to be the source of needs no second look. */
@@ -57,7 +64,7 @@ int from_pod(struct __sk_buff *skb)
 			if (!flow_permitted(f, reversed, &p))
 				return TC_ACT_SHOT;
 			if (likely(!flow_translates(f, reversed))) {
-				flow_touch(f, p.tcp_flags, reversed);
+				flow_pass(f, &p, reversed);
 				return forward(skb, &p, false);
 			}
 			if (!flow_stale(f, &p))
@@ -76,6 +83,16 @@ int from_pod(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	}
 	if (parsed == PARSED_ADDRESSES) {
+		how = portless(skb, &p);
+		if (how == PORTLESS_DROP)
+			return TC_ACT_SHOT;
+		if (how != PORTLESS_NONE)
+			return forward(skb, &p, how == PORTLESS_FROM_NODE);
+		/* Only services have such addresses: nobody else can put it together. */
+		if (p.piece == PIECE_LATER && address_is_dead(&p.tuple.daddr)) {
+			drop(COUNT_DROP_FRAGMENT, &p, skb->ifindex);
+			return TC_ACT_SHOT;
+		}
 		if (!stateless_permitted(skb, &p))
 			return TC_ACT_SHOT;
 		return forward(skb, &p, false);
@@ -87,11 +104,13 @@ int from_pod(struct __sk_buff *skb)
 		f->ifindex[reversed & 1] = skb->ifindex;
 		if (flow_translates(f, reversed))
 			return translated(skb, &p, f, reversed);
-		flow_touch(f, p.tcp_flags, reversed);
+		flow_pass(f, &p, reversed);
 		return forward(skb, &p, false);
 	}
-	switch (nat_open(skb, &p, SCOPE_INTERNAL)) {
+	/* A pod's address is no service's: nothing to look for there. */
+	switch (is_local(&p) ? NAT_NONE : nat_open(skb, &p, SCOPE_INTERNAL)) {
 	case NAT_DROP:
+	case NAT_REFUSE: /* of what comes from outside only */
 		return TC_ACT_SHOT;
 	case NAT_NONE:
 		version = policy_version();
@@ -119,6 +138,8 @@ int to_pod(struct __sk_buff *skb)
 	__u32 reversed, version;
 	enum opening opening = OPENED;
 	struct flow *f;
+	enum portless how;
+	bool translates;
 
 	count(COUNT_POD_INGRESS);
 	count_more(COUNT_BYTES_POD_INGRESS, skb->len);
@@ -126,7 +147,13 @@ int to_pod(struct __sk_buff *skb)
 	case PARSED_PORTS:
 		break;
 	case PARSED_ADDRESSES:
-		return from_node || stateless_permitted(skb, &p) ? TC_ACT_UNSPEC : TC_ACT_SHOT;
+		fragment_begin(&p); /* of ICMP, say */
+		how = portless(skb, &p);
+		if (how == PORTLESS_DROP ||
+		    (how == PORTLESS_NONE && !from_node && !stateless_permitted(skb, &p)))
+			return TC_ACT_SHOT;
+		fragment_end(&p, false);
+		return TC_ACT_UNSPEC;
 	case PARSED_NOT_IP:
 		return TC_ACT_UNSPEC;
 	case PARSED_MALFORMED:
@@ -135,6 +162,7 @@ int to_pod(struct __sk_buff *skb)
 		drop(COUNT_DROP_MALFORMED, &p, 0);
 		return TC_ACT_SHOT;
 	}
+	fragment_begin(&p);
 	f = flow_find(&p.tuple, &reversed);
 	if (!f) {
 		version = policy_version();
@@ -145,16 +173,22 @@ int to_pod(struct __sk_buff *skb)
 		flow_start(skb, &p, 0, version,
 			   (from_node ? FLOW_FROM_NODE : 0) |
 			       (opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0));
+		fragment_end(&p, false);
 		return TC_ACT_UNSPEC;
 	}
 	if (!from_node && !flow_permitted(f, reversed, &p))
 		return TC_ACT_SHOT;
 	if (from_node && opens(&p) && !(f->flags & FLOW_FROM_NODE))
 		f->flags |= FLOW_FROM_NODE;
-	flow_touch(f, p.tcp_flags, reversed);
-	if (f->flags & FLOW_REPLY && flow_translates(f, reversed) && !rewrite(skb, &p, &f->to)) {
+	translates = f->flags & FLOW_REPLY && flow_translates(f, reversed);
+	if (f->flags & FLOW_TRANSLATED)
+		flow_touch(f, p.tcp_flags, reversed);
+	else
+		flow_pass(f, &p, reversed); /* which may end f */
+	if (translates && !rewrite(skb, &p, &f->to)) {
 		drop(COUNT_DROP_REWRITE, &p, 0);
 		return TC_ACT_SHOT;
 	}
+	fragment_end(&p, false);
 	return TC_ACT_UNSPEC;
 }

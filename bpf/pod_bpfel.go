@@ -27,6 +27,7 @@ const (
 	PodMapFlowEvents          = "flow_events"
 	PodMapFlowFollowers       = "flow_followers"
 	PodMapFragments           = "fragments"
+	PodMapHandedUp            = "handed_up"
 	PodMapIdentities          = "identities"
 	PodMapJudgements          = "judgements"
 	PodMapNode                = "node"
@@ -36,14 +37,17 @@ const (
 	PodMapPolicyDrops         = "policy_drops"
 	PodMapPolicySlots         = "policy_slots"
 	PodMapPolicyState         = "policy_state"
+	PodMapQuotes              = "quotes"
 	PodMapRanges              = "ranges"
 	PodMapServices            = "services"
 	PodMapSlots               = "slots"
 	PodMapSocketPeers         = "socket_peers"
 	PodMapSourceRanges        = "source_ranges"
+	PodMapTables              = "tables"
 	PodProgFromPod            = "from_pod"
 	PodProgToPod              = "to_pod"
 	PodVarDropEventsPerSecond = "drop_events_per_second"
+	PodVarDsrProtocols        = "dsr_protocols"
 	PodVarOpenEventsPerSecond = "open_events_per_second"
 )
 
@@ -108,6 +112,7 @@ type PodMapSpecs struct {
 	FlowEvents    *ebpf.MapSpec `ebpf:"flow_events"`
 	FlowFollowers *ebpf.MapSpec `ebpf:"flow_followers"`
 	Fragments     *ebpf.MapSpec `ebpf:"fragments"`
+	HandedUp      *ebpf.MapSpec `ebpf:"handed_up"`
 	Identities    *ebpf.MapSpec `ebpf:"identities"`
 	Judgements    *ebpf.MapSpec `ebpf:"judgements"`
 	Node          *ebpf.MapSpec `ebpf:"node"`
@@ -117,11 +122,13 @@ type PodMapSpecs struct {
 	PolicyDrops   *ebpf.MapSpec `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.MapSpec `ebpf:"policy_slots"`
 	PolicyState   *ebpf.MapSpec `ebpf:"policy_state"`
+	Quotes        *ebpf.MapSpec `ebpf:"quotes"`
 	Ranges        *ebpf.MapSpec `ebpf:"ranges"`
 	Services      *ebpf.MapSpec `ebpf:"services"`
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
 	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
+	Tables        *ebpf.MapSpec `ebpf:"tables"`
 }
 
 // PodVariableSpecs contains global variables before they are loaded into the kernel.
@@ -129,6 +136,7 @@ type PodMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type PodVariableSpecs struct {
 	DropEventsPerSecond *ebpf.VariableSpec `ebpf:"drop_events_per_second"`
+	DsrProtocols        *ebpf.VariableSpec `ebpf:"dsr_protocols"`
 	OpenEventsPerSecond *ebpf.VariableSpec `ebpf:"open_events_per_second"`
 }
 
@@ -163,6 +171,7 @@ type PodMaps struct {
 	FlowEvents    *ebpf.Map `ebpf:"flow_events"`
 	FlowFollowers *ebpf.Map `ebpf:"flow_followers"`
 	Fragments     *ebpf.Map `ebpf:"fragments"`
+	HandedUp      *ebpf.Map `ebpf:"handed_up"`
 	Identities    *ebpf.Map `ebpf:"identities"`
 	Judgements    *ebpf.Map `ebpf:"judgements"`
 	Node          *ebpf.Map `ebpf:"node"`
@@ -172,11 +181,13 @@ type PodMaps struct {
 	PolicyDrops   *ebpf.Map `ebpf:"policy_drops"`
 	PolicySlots   *ebpf.Map `ebpf:"policy_slots"`
 	PolicyState   *ebpf.Map `ebpf:"policy_state"`
+	Quotes        *ebpf.Map `ebpf:"quotes"`
 	Ranges        *ebpf.Map `ebpf:"ranges"`
 	Services      *ebpf.Map `ebpf:"services"`
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
 	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
+	Tables        *ebpf.Map `ebpf:"tables"`
 }
 
 func (m *PodMaps) Close() error {
@@ -192,6 +203,7 @@ func (m *PodMaps) Close() error {
 		m.FlowEvents,
 		m.FlowFollowers,
 		m.Fragments,
+		m.HandedUp,
 		m.Identities,
 		m.Judgements,
 		m.Node,
@@ -201,11 +213,13 @@ func (m *PodMaps) Close() error {
 		m.PolicyDrops,
 		m.PolicySlots,
 		m.PolicyState,
+		m.Quotes,
 		m.Ranges,
 		m.Services,
 		m.Slots,
 		m.SocketPeers,
 		m.SourceRanges,
+		m.Tables,
 	)
 }
 
@@ -214,6 +228,7 @@ func (m *PodMaps) Close() error {
 // It can be passed to LoadPodObjects or ebpf.CollectionSpec.LoadAndAssign.
 type PodVariables struct {
 	DropEventsPerSecond *ebpf.Variable `ebpf:"drop_events_per_second"`
+	DsrProtocols        *ebpf.Variable `ebpf:"dsr_protocols"`
 	OpenEventsPerSecond *ebpf.Variable `ebpf:"open_events_per_second"`
 }
 

@@ -2,11 +2,12 @@
 /*
  * NetworkPolicies: address -> identity, and (set of rules, identity, protocol, port) -> allowed.
  *
- * The agent never changes a set or what an identity means; it writes others beside them and then
- * swaps the one word in policy_slots, or the one identity of an address, that leads there. After
- * any change it raises the version, and a flow that was judged under another version is judged
- * again by its next packet. So an established connection costs one comparison, and follows every
- * change of policy.
+ * The agent never changes what an identity means; it writes others beside them and then swaps the
+ * one identity of an address that leads there. A set only grows or only shrinks while programs read
+ * it; other changes are another set, and a swap of the one word in policy_slots. After any change
+ * the agent raises the version, and a flow that was judged under another version is judged again by
+ * its next packet. So an established connection costs one comparison, and follows every change of
+ * policy.
  */
 #pragma once
 #include "conntrack.h"
@@ -84,6 +85,23 @@ struct {
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } policy SEC(".maps");
 
+/*
+ * What a policy entry says. Of a set of NetworkPolicies alone: the peer may use the port. Of a set
+ * that an administrator's ClusterNetworkPolicies are part of: which rule of either tier comes first
+ * for the peer and port, of those that name everybody, the peer's identity, or its block; what the
+ * three entries say is joined before it is judged.
+ */
+enum {
+	TIER_BITS = 14, /* two of the action, and above them the rule's place in its tier */
+	TIER_MASK = (1 << TIER_BITS) - 1, /* no rule of the tier */
+	POLICY_ALLOWED = 1 << 28,	  /* a NetworkPolicy lets it pass */
+	POLICY_ISOLATED = 1 << 29,	  /* a NetworkPolicy selects the pod: nothing else passes */
+	POLICY_TIERED = 1 << 30,	  /* all of this holds; else it may simply pass */
+};
+
+enum tier_action { TIER_ACCEPT = 0, TIER_DENY = 1, TIER_PASS = 2, TIER_SILENT = 3 };
+enum tier { TIER_ADMIN = 1, TIER_BASELINE = 2 };
+
 /* Packets that a set dropped; the agent knows the names of its policies. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -116,10 +134,10 @@ struct judgement {
 	struct tuple c; /* the connection: who opened it, and who gets it after translation */
 	__u32 reason;	/* enum counter, if it is denied: which direction's policies did */
 	__u32 set;	/* of them */
+	__u32 rule;	/* and which rule of an administrator, if it was one: its tier and place */
 	struct policy_key key;
 	struct identity_key peer;
 	struct range_key range;
-	struct packet fragment;
 	struct fragment_key datagram;
 	struct flow forward, reply; /* of a translated connection; or only the one */
 };
@@ -149,37 +167,92 @@ static __always_inline __u32 identity_of(struct judgement *j, __u32 scope, const
 	return peer ? *peer : 0;
 }
 
+/* The entry of a set for a peer and the port in j->key, or null. */
+static __always_inline const __u32 *entry_of(struct judgement *j, __u32 peer)
+{
+	j->key.peer = peer;
+	return bpf_map_lookup_elem(&policy, &j->key);
+}
+
+static __always_inline __u32 tiers_join(__u32 a, __u32 b)
+{
+	const __u32 low = TIER_MASK, high = (__u32)TIER_MASK << TIER_BITS;
+	__u32 admin = (a & low) < (b & low) ? a & low : b & low;
+	__u32 baseline = (a & high) < (b & high) ? a & high : b & high;
+
+	return admin | baseline | ((a | b) & ~(low | high));
+}
+
+/* Admin rules first, then NetworkPolicies if any select the pod, else baseline rules. */
+static __always_inline bool tiers_allow(struct judgement *j, __u32 v)
+{
+	__u32 baseline = v >> TIER_BITS & TIER_MASK;
+
+	switch (v & 3) {
+	case TIER_ACCEPT:
+		return true;
+	case TIER_DENY:
+		j->rule = TIER_ADMIN << 16 | (v & TIER_MASK) >> 2;
+		return false;
+	}
+	if (v & POLICY_ISOLATED)
+		return v & POLICY_ALLOWED;
+	if ((baseline & 3) != TIER_DENY)
+		return true;
+	j->rule = TIER_BASELINE << 16 | baseline >> 2;
+	return false;
+}
+
 /* Whether a set lets the peer use the port: the same look-ups however many rules it has. */
 __global int set_allows(struct judgement *j, __u32 set, bool from)
 {
 	const struct address *peer;
+	const __u32 *entry;
+	__u32 verdict = 0, identity;
 
 	if (!j)
 		return false;
 	peer = from ? &j->c.saddr : &j->c.daddr;
+	j->rule = 0;
 	if (set == POLICY_CLOSED)
 		return false;
 	j->key.bits = POLICY_BITS_PORT;
 	j->key.set = set;
-	j->key.peer = 0;
 	j->key.proto = j->c.proto;
 	j->key.pad = 0;
 	__builtin_memcpy(j->key.port, &j->c.dport, sizeof(j->key.port));
-	if (bpf_map_lookup_elem(&policy, &j->key))
-		return true;
-	j->key.peer = identity_of(j, POLICY_EPOCH(set), peer);
-	if (j->key.peer && bpf_map_lookup_elem(&policy, &j->key))
-		return true;
-	j->key.peer = identity_of(j, set, peer);
-	return j->key.peer && bpf_map_lookup_elem(&policy, &j->key);
+	entry = entry_of(j, 0);
+	if (entry) {
+		verdict = *entry; /* of a set with tiers there always is one */
+		if (!(verdict & POLICY_TIERED))
+			return true;
+	}
+	identity = identity_of(j, POLICY_EPOCH(set), peer);
+	entry = identity ? entry_of(j, identity) : 0;
+	if (entry) {
+		if (!verdict)
+			return true;
+		verdict = tiers_join(verdict, *entry);
+	}
+	identity = identity_of(j, set, peer);
+	entry = identity ? entry_of(j, identity) : 0;
+	if (entry) {
+		if (!verdict)
+			return true;
+		verdict = tiers_join(verdict, *entry);
+	}
+	return verdict && tiers_allow(j, verdict);
 }
 
-/* Addresses that this node answers itself: traffic from a pod to its own node is never denied. */
+/*
+ * Addresses that this node answers itself: NetworkPolicies never deny traffic from a pod to its own
+ * node. What an administrator denies is denied there, too, but for names (and the gateway).
+ */
 static __always_inline bool to_this_node(struct judgement *j)
 {
 	__u32 *range;
 
-	if (bpf_map_lookup_elem(&node_addresses, &j->c.daddr))
+	if (!j->rule && bpf_map_lookup_elem(&node_addresses, &j->c.daddr))
 		return true;
 	j->range.bits = 128;
 	j->range.addr = j->c.daddr;
@@ -241,7 +314,7 @@ __global int denied(struct judgement *j)
 	count(j->set == POLICY_CLOSED ? COUNT_DROP_POLICY_CLOSED : j->reason);
 	if (n)
 		__sync_fetch_and_add(n, 1);
-	report_drop(&j->c, j->reason, j->set, 0);
+	report_drop(&j->c, j->reason, j->set, j->rule, 0);
 	return false;
 }
 
@@ -260,7 +333,7 @@ enum opening { DENIED, OPENED, OPENED_BY_PEER };
 __global int may_open(const struct packet *p)
 {
 	struct judgement *j = judgement();
-	__u32 reason, set;
+	__u32 reason, set, rule;
 
 	if (!j || !p)
 		return DENIED;
@@ -270,11 +343,13 @@ __global int may_open(const struct packet *p)
 	if (p->tuple.proto == IPPROTO_TCP && !opens(p)) {
 		reason = j->reason;
 		set = j->set;
+		rule = j->rule;
 		tuple_reverse(&j->c, &p->tuple);
 		if (permitted(j))
 			return OPENED_BY_PEER;
 		j->reason = reason;
 		j->set = set;
+		j->rule = rule;
 	}
 	denied(j);
 	return DENIED;

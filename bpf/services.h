@@ -26,6 +26,7 @@ enum service_flags {
 	SERVICE_AFFINITY = 1 << 0, /* session affinity ClientIP */
 	SERVICE_LOCAL = 1 << 1,	   /* traffic policy Local: only backends of this node */
 	SERVICE_RANGES = 1 << 2,   /* only for clients in the set's source ranges */
+	SERVICE_MAGLEV = 1 << 3,   /* packets choose by the generation's consistent table */
 };
 
 /*
@@ -45,6 +46,16 @@ struct slot_key {
 	__u32 service;
 	__u32 generation;
 	__u32 slot;
+};
+
+/*
+ * A consistent table (Maglev, NSDI 2016), in blocks: which backend each part of the space of hashes
+ * belongs to. Its size follows from the number of slots, so that one word swaps both.
+ */
+#define TABLE_BLOCK 64
+
+struct table_block {
+	__u32 backend[TABLE_BLOCK];
 };
 
 struct backend {
@@ -100,6 +111,16 @@ struct {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } slots SEC(".maps");
+
+/* The key's slot is the number of a block. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__type(key, struct slot_key);
+	__type(value, struct table_block);
+	__uint(max_entries, 131072);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+} tables SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -208,6 +229,46 @@ static __always_inline const struct backend *backend_of(const struct service *s,
 	return b;
 }
 
+/* Primes, each at least 100 times the backends (2 times, for the very many); 0: no table. */
+static __always_inline __u32 table_size(__u32 backends)
+{
+	if (backends < 2 || backends > 32768)
+		return 0;
+	return backends <= 16 ? 2039 : backends <= 128 ? 16381 : 65537;
+}
+
+static __always_inline __u64 hash_mix(__u64 x)
+{
+	x = (x ^ x >> 32) * 0xd6e8feb86659fd93ULL;
+	x = (x ^ x >> 32) * 0xd6e8feb86659fd93ULL;
+	return x ^ x >> 32;
+}
+
+/* The same on every node, so that any of them sends a connection to the same backend. */
+static __always_inline __u32 client_hash(const struct address *client, __u32 ports)
+{
+	__u64 h = hash_mix((__u64)client->w[1] << 32 | client->w[0]);
+
+	h = hash_mix(h ^ ((__u64)client->w[3] << 32 | client->w[2]));
+	return hash_mix(h ^ ports) >> 32;
+}
+
+/* Picks by the table. Null when there is none, or it is being replaced. */
+static __always_inline const struct backend *backend_consistent(const struct service *s, __u32 hash,
+								__u32 *id)
+{
+	struct slot_key key = {.service = s->id, .generation = (__u32)s->generation};
+	__u32 at = (__u64)hash * table_size(service_count(s)) >> 32;
+	struct table_block *block;
+
+	key.slot = at / TABLE_BLOCK;
+	block = bpf_map_lookup_elem(&tables, &key);
+	if (!block)
+		return 0;
+	*id = block->backend[at % TABLE_BLOCK];
+	return bpf_map_lookup_elem(&backends, id);
+}
+
 /* Picks at random. Null when the service has no backend. */
 static __always_inline const struct backend *backend_random(const struct service *s, __u32 *id)
 {
@@ -224,17 +285,39 @@ static __always_inline const struct backend *backend_random(const struct service
 	return bpf_map_lookup_elem(&backends, id);
 }
 
-/* Picks for a client, honouring session affinity. Null when the service has no backend. */
+/* Picks anew. ports are the client's and the service's, or 0 where they are not known or not to
+ * count. */
 static __always_inline const struct backend *
-backend_select(const struct service *s, const struct affinity_key *client, __u32 *id)
+backend_pick(const struct service *s, const struct address *client, __u32 ports, __u32 *id)
+{
+	const struct backend *b;
+
+	if (s->flags & SERVICE_MAGLEV) {
+		b = backend_consistent(s, client_hash(client, ports), id);
+		if (b)
+			return b;
+	}
+	return backend_random(s, id);
+}
+
+/*
+ * Picks for a client, honouring session affinity. A socket has no port yet, and picks at random; of
+ * one client with session affinity only the address counts, so that all nodes agree. Null when the
+ * service has no backend.
+ */
+static __always_inline const struct backend *
+backend_select(const struct service *s, const struct affinity_key *client, __u32 ports, __u32 *id)
 {
 	struct affinity fresh = {};
 	const struct backend *b;
 	struct affinity *known;
 	__u64 now;
 
-	if (likely(!(s->flags & SERVICE_AFFINITY)))
-		return backend_random(s, id);
+	if (likely(!(s->flags & SERVICE_AFFINITY))) {
+		if (!ports)
+			return backend_random(s, id);
+		return backend_pick(s, &client->client, ports, id);
+	}
 
 	now = bpf_ktime_get_coarse_ns();
 	known = bpf_map_lookup_elem(&affinity, client);
@@ -246,7 +329,7 @@ backend_select(const struct service *s, const struct affinity_key *client, __u32
 			return b;
 		}
 	}
-	b = backend_random(s, id);
+	b = backend_pick(s, &client->client, 0, id);
 	if (!b)
 		return 0;
 	fresh.last_used = now;

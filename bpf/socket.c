@@ -129,7 +129,7 @@ static __always_inline enum verdict translate(struct bpf_sock_addr *ctx, struct 
 			return TRANSLATED;
 		}
 	}
-	b = backend_select(&svc, &client, &id);
+	b = backend_select(&svc, &client, 0, &id);
 	if (!b) {
 		*service = svc.id;
 		return REFUSED;
@@ -220,19 +220,24 @@ static __always_inline int to_backend(struct bpf_sock_addr *ctx, bool v6, bool m
 	else
 		address_from_v4(&addr, ctx->user_ip4);
 	switch (translate(ctx, &addr, &port, &service)) {
+	case DEAD:
+		/* A datagram socket is also connected just to learn which address it would send
+		 * from, to a port that need not exist: what it then sends is refused. */
+		if (message || ctx->protocol != IPPROTO_UDP) {
+			/* The routing table refuses it, too, but its ICMP is rate-limited: clients
+			 * would wait. */
+			count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
+			report_refused(ctx, &addr, port, EVENT_NO_ADDRESS, 0);
+			bpf_set_retval(-EHOSTUNREACH);
+			return 0;
+		}
+		/* fallthrough */
 	case UNTOUCHED:
 		/* A socket that connects anew must not answer with the name of an earlier service.
 		 */
 		if (!message)
 			bpf_sk_storage_delete(&socket_peers, ctx->sk);
 		return 1;
-	case DEAD:
-		/* The routing table refuses it, too, but its ICMP is rate-limited: clients would
-		 * wait. */
-		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
-		report_refused(ctx, &addr, port, EVENT_NO_ADDRESS, 0);
-		bpf_set_retval(-EHOSTUNREACH);
-		return 0;
 	case REFUSED:
 		count(message ? COUNT_SENDMSG_REFUSED : COUNT_CONNECT_REFUSED);
 		report_refused(ctx, &addr, port, EVENT_NO_BACKEND, service);

@@ -32,6 +32,7 @@ const (
 	SocketMapSlots               = "slots"
 	SocketMapSocketPeers         = "socket_peers"
 	SocketMapSourceRanges        = "source_ranges"
+	SocketMapTables              = "tables"
 	SocketProgConnect4           = "connect4"
 	SocketProgConnect6           = "connect6"
 	SocketProgGetpeername4       = "getpeername4"
@@ -117,6 +118,7 @@ type SocketMapSpecs struct {
 	Slots         *ebpf.MapSpec `ebpf:"slots"`
 	SocketPeers   *ebpf.MapSpec `ebpf:"socket_peers"`
 	SourceRanges  *ebpf.MapSpec `ebpf:"source_ranges"`
+	Tables        *ebpf.MapSpec `ebpf:"tables"`
 }
 
 // SocketVariableSpecs contains global variables before they are loaded into the kernel.
@@ -164,6 +166,7 @@ type SocketMaps struct {
 	Slots         *ebpf.Map `ebpf:"slots"`
 	SocketPeers   *ebpf.Map `ebpf:"socket_peers"`
 	SourceRanges  *ebpf.Map `ebpf:"source_ranges"`
+	Tables        *ebpf.Map `ebpf:"tables"`
 }
 
 func (m *SocketMaps) Close() error {
@@ -184,6 +187,7 @@ func (m *SocketMaps) Close() error {
 		m.Slots,
 		m.SocketPeers,
 		m.SourceRanges,
+		m.Tables,
 	)
 }
 

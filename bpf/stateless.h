@@ -6,11 +6,17 @@
 #pragma once
 #include "policy.h"
 
+/* Where the first fragment of a datagram went. */
+struct fragment_way {
+	struct tuple to; /* if it was translated: what its later fragments' addresses become */
+	__u32 flags;	 /* FLOW_TRANSLATED, FLOW_SOURCE_IS_NODE */
+};
+
 /* Datagrams whose first fragment passed. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__type(key, struct fragment_key);
-	__type(value, __u32);
+	__type(value, struct fragment_way);
 	__uint(max_entries, 4096);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 } fragments SEC(".maps");
@@ -92,79 +98,66 @@ __global int icmp_permitted(struct __sk_buff *skb, const struct packet *p)
 	return permitted(j) || denied(j);
 }
 
-/* first says whether the fragment has the transport header, at p->l4 and of protocol key->proto. */
-static __always_inline bool fragment_parse(struct __sk_buff *skb, struct packet *p,
-					   struct fragment_key *key, bool *first)
+static __always_inline void fragment_key_of(struct fragment_key *key, const struct packet *p)
 {
-	struct ipv4_header v4;
-	struct {
-		__u8 next, reserved;
-		__be16 offset;
-		__be32 id;
-	} v6;
-
 	key->saddr = p->tuple.saddr;
 	key->daddr = p->tuple.daddr;
-	if (p->v4) {
-		if (bpf_skb_load_bytes(skb, ETH_HLEN, &v4, sizeof(v4)))
-			return false;
-		key->id = v4.id;
-		*first = !(v4.fragment & bpf_htons(0x1fff));
-	} else {
-		if (bpf_skb_load_bytes(skb, p->l4, &v6, sizeof(v6)))
-			return false;
-		key->id = v6.id;
-		*first = !(v6.offset & bpf_htons(0xfff8));
-		p->tuple.proto = v6.next;
-		p->l4 += sizeof(v6);
-	}
-	key->proto = p->tuple.proto;
-	return true;
+	key->id = p->id;
+	key->proto = p->v4 ? p->tuple.proto : 0; /* extension headers may follow an IPv6 one */
+}
+
+/* Keeps which datagram a first fragment is of, until its way is known. */
+static __always_inline void fragment_begin(const struct packet *p)
+{
+	struct judgement *j;
+
+	if (likely(p->piece != PIECE_FIRST))
+		return;
+	j = judgement();
+	if (j)
+		fragment_key_of(&j->datagram, p);
+}
+
+/* The first fragment passes, and the others of its datagram follow it. */
+__global int fragment_note(const struct packet *p, bool from_node)
+{
+	struct judgement *j = judgement();
+	struct fragment_way way = {};
+
+	if (!j || !p)
+		return 0;
+	way.to = p->tuple;
+	if (!address_equal(&p->tuple.saddr, &j->datagram.saddr) ||
+	    !address_equal(&p->tuple.daddr, &j->datagram.daddr))
+		way.flags = FLOW_TRANSLATED;
+	if (from_node)
+		way.flags |= FLOW_SOURCE_IS_NODE;
+	bpf_map_update_elem(&fragments, &j->datagram, &way, BPF_ANY);
+	return 0;
+}
+
+static __always_inline void fragment_end(const struct packet *p, bool from_node)
+{
+	if (unlikely(p->piece == PIECE_FIRST))
+		fragment_note(p, from_node);
+}
+
+static __always_inline const struct fragment_way *fragment_find(const struct packet *p)
+{
+	struct fragment_key key;
+
+	fragment_key_of(&key, p);
+	return bpf_map_lookup_elem(&fragments, &key);
 }
 
 /* The first fragment is judged by its ports; the others follow it, and do not pass before it. */
-__global int fragment_permitted(struct __sk_buff *skb, const struct packet *whole)
+__global int fragment_permitted(const struct packet *p)
 {
-	struct judgement *j = judgement();
-	struct fragment_key *key;
-	__u32 one = 1, reversed;
-	enum opening opening;
-	struct packet *p;
-	struct flow *f;
-	bool first;
-
-	if (!j || !whole)
-		return false;
-	key = &j->datagram;
-	p = &j->fragment;
-	*p = *whole;
-	if (!fragment_parse(skb, p, key, &first)) {
-		drop(COUNT_DROP_MALFORMED, whole, 0);
-		return false;
-	}
-	if (!first) {
-		if (bpf_map_lookup_elem(&fragments, key))
-			return true;
-		drop(COUNT_DROP_FRAGMENT, whole, 0);
-		return false;
-	}
-	if (parse_l4(skb, p) == PARSED_MALFORMED) {
-		drop(COUNT_DROP_MALFORMED, whole, 0);
-		return false;
-	}
-	f = flow_find(&p->tuple, &reversed);
-	if (f) {
-		if (!flow_permitted(f, reversed, p))
-			return false;
-	} else {
-		opening = may_open(p);
-		if (opening == DENIED)
-			return false;
-		flow_start(skb, p, 0, policy_version(),
-			   opening == OPENED_BY_PEER ? FLOW_OPENED_BY_PEER : 0);
-	}
-	bpf_map_update_elem(&fragments, key, &one, BPF_ANY);
-	return true;
+	if (p && fragment_find(p))
+		return true;
+	if (p)
+		drop(COUNT_DROP_FRAGMENT, p, 0);
+	return false;
 }
 
 /* Whether a packet without ports may pass. */
@@ -174,16 +167,10 @@ static __always_inline bool stateless_permitted(struct __sk_buff *skb, const str
 
 	if (likely(!policy_version()))
 		return true;
-	switch (p->tuple.proto) {
-	case IPPROTO_ICMP:
-	case IPPROTO_ICMPV6:
+	if (p->piece == PIECE_LATER)
+		return fragment_permitted(p);
+	if (p->tuple.proto == IPPROTO_ICMP || p->tuple.proto == IPPROTO_ICMPV6)
 		return icmp_permitted(skb, p);
-	case IPPROTO_TCP:
-	case IPPROTO_UDP:
-	case IPPROTO_SCTP:
-	case IPPROTO_FRAGMENT:
-		return fragment_permitted(skb, p);
-	}
 	j = judgement();
 	if (!j)
 		return false;

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -110,11 +111,36 @@ func TestPacketAnnounce(t *testing.T) {
 			t.Errorf("%s: verdict %d\n% x", name, v, out)
 		}
 	}
-	// Where no service answers, the packet goes nowhere.
+	// Where no service answers, the node's stack refuses, at its port 0; what opens nothing goes nowhere.
 	for i, to := range []netip.Addr{lanV4, lanV6} {
-		s := segment{proto: maps.TCP, flags: syn, from: at(client[i], 1), to: at(to, 81)}
+		for _, proto := range []uint8{maps.TCP, maps.UDP} {
+			s := segment{proto: proto, flags: syn, from: at(client[i], 1), to: at(to, 81)}
+			v, out := r.run(t, "from_outside", s.bytes())
+			s.to = at(nodeIP[i], 0)
+			if want := s.bytes(); v != next || !bytes.Equal(out, want) {
+				t.Errorf("%s without a service: verdict %d\n% x, want\n% x", to, v, out, want)
+			}
+			back := segment{proto: proto, flags: ack, from: at(nodeIP[i], 0), to: at(client[i], 1)}
+			v, out = r.run(t, "to_outside", back.bytes())
+			back.from = at(to, 81)
+			if want := back.bytes(); v != next || !bytes.Equal(out, want) {
+				t.Errorf("the refusal of %s: verdict %d\n% x, want\n% x", to, v, out, want)
+			}
+		}
+		// So is a service without backends at an address that the node does not have, announced or not.
+		external := to.Next()
+		if err := r.Maps().PutService(maps.Service{Key: maps.ServiceKey{Addr: maps.AddressOf(external), Port: maps.PortOf(80), Proto: maps.TCP, Scope: maps.ScopeExternal}}); err != nil {
+			t.Fatal(err)
+		}
+		idle := segment{proto: maps.TCP, flags: syn, from: at(client[i], 1), to: at(external, 80)}
+		v, out := r.run(t, "from_outside", idle.bytes())
+		idle.to = at(nodeIP[i], 0)
+		if want := idle.bytes(); v != next || !bytes.Equal(out, want) {
+			t.Errorf("%s without backends: verdict %d\n% x, want\n% x", external, v, out, want)
+		}
+		s := segment{proto: maps.TCP, flags: ack, from: at(client[i], 2), to: at(to, 81)}
 		if v, _ := r.run(t, "from_outside", s.bytes()); v != drop {
-			t.Errorf("%s without a service: verdict %d", to, v)
+			t.Errorf("%s, of no connection: verdict %d", to, v)
 		}
 	}
 }
@@ -182,6 +208,20 @@ func TestAnnounced(t *testing.T) {
 			name, _, err := n.askAs(n.outside, network, at(a, 80))
 			if name != "b" {
 				t.Errorf("%s %s: %q, %v", network, a, name, err)
+			}
+		}
+	}
+	// A port that no service has is refused at once, and so is a service without endpoints.
+	n.service("idle", func(s *corev1.Service) {
+		s.Spec.Type, s.Spec.Ports[0].Port, s.Spec.Ports[1].Port = corev1.ServiceTypeLoadBalancer, 82, 82
+		s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: lanV4.String()}, {IP: lanV6.String()}}
+	})
+	for _, a := range []netip.Addr{lanV4, lanV6} {
+		for _, network := range []string{"tcp", "udp"} {
+			for _, port := range []uint16{81, 82} {
+				if _, _, err := n.askAs(n.outside, network, at(a, port)); err == nil || !strings.Contains(err.Error(), "connection refused") {
+					t.Errorf("%s %s, port %d: %v", network, a, port, err)
+				}
 			}
 		}
 	}

@@ -9,12 +9,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // BenchmarkConnect measures new connections one after another through a ClusterIP and straight to the
-// pod, beside two clean namespaces joined by a veth with nothing between them. Runs are paired and
+// pod, beside two clean namespaces joined by a veth with nothing between them, and two pods whose
+// devices only redirect. Runs are paired and
 // alternate; the ratios are medians of the rounds'. Run it with -benchtime=30x or more.
 func BenchmarkConnect(b *testing.B) {
 	n := newNode(b)
@@ -24,6 +28,11 @@ func BenchmarkConnect(b *testing.B) {
 	eventually(b, "service", func() error { return client.ns.try(func() error { return connectTimes(web.v4, 1) }) })
 	cleanClient, cleanServer := cleanPair(b)
 	acceptAll(b, cleanServer)
+	bareClient, bareServer := n.pod("bare-client"), n.pod("bare-server")
+	bareAddr := netip.MustParseAddr("203.0.113.80") // of no pod: nobody refuses what nothing is known of
+	bareServer.ns.do(b, func() error { return addr("eth0", netip.PrefixFrom(bareAddr, 32)) })
+	n.onlyRedirect(b, bareClient, bareServer)
+	acceptAll(b, bareServer.ns)
 
 	const connections = 1000
 	lines := []struct {
@@ -32,6 +41,7 @@ func BenchmarkConnect(b *testing.B) {
 		to   netip.AddrPort
 	}{
 		{"clean", cleanClient, netip.MustParseAddrPort("198.51.100.2:8080")},
+		{"redirect", bareClient.ns, at(bareAddr, 8080)},
 		{"direct", client.ns, at(server.v4(), 8080)},
 		{"clusterip", client.ns, web.v4},
 	}
@@ -61,6 +71,31 @@ func BenchmarkConnect(b *testing.B) {
 		if k > 0 {
 			b.ReportMetric(median(ratios), l.name+":clean")
 		}
+	}
+}
+
+// onlyRedirect takes skep's programs off two pods' devices, for ones that do nothing but hand every packet
+// to the other pod: what is left of the way is the kernel's.
+func (n *testNode) onlyRedirect(b *testing.B, p, q *testPod) {
+	for _, ends := range [][2]*testPod{{p, q}, {q, p}} {
+		if err := n.dp.DetachEndpoint(b.Context(), ends[0].Endpoint); err != nil {
+			b.Fatal(err)
+		}
+		program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+			Name: "only_redirect", Type: ebpf.SchedCLS, License: "GPL",
+			Instructions: asm.Instructions{
+				asm.Mov.Imm(asm.R1, int32(ends[1].Ifindex)), asm.Mov.Imm(asm.R2, 0), asm.FnRedirectPeer.Call(), asm.Return(),
+			},
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer program.Close()
+		l, err := link.AttachTCX(link.TCXOptions{Interface: ends[0].Ifindex, Program: program, Attach: ebpf.AttachTCXIngress})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { l.Close() })
 	}
 }
 

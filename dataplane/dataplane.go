@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/record"
 
@@ -34,11 +35,15 @@ type Config struct {
 	NodeName                   string
 	NodeIPs                    []netip.Addr // the first of each family is lent to translated packets
 	ClusterCIDRs, ServiceCIDRs []netip.Prefix
-	ClusterDNS                 []netip.Addr    // on skep0, answered by this node
-	CgroupPath                 string          // a cgroup2 directory; processes below it get socket translation
-	BPFDir                     string          // default api.BPFDir
-	Routing                    network.Routing // default network.VXLAN
+	ClusterDNS                 []netip.Addr        // on skep0, answered by this node
+	CgroupPath                 string              // a cgroup2 directory; processes below it get socket translation
+	BPFDir                     string              // default api.BPFDir
+	Routing                    network.Routing     // default network.VXLAN
+	NodePortMode               loader.NodePortMode // default loader.SNAT
+	XDP                        loader.XDPMode      // default loader.XDPOff
 	Informers                  informers.SharedInformerFactory
+	ConntrackMax               uint32               // flows of each protocol that fit; 0: by the machine's memory
+	Dynamic                    dynamic.Interface    // for ClusterNetworkPolicies; nil: there are none
 	Events                     record.EventRecorder // for policies that cannot be put into force; may be nil
 	Log                        *slog.Logger
 	Metrics                    prometheus.Registerer // may be nil
@@ -49,19 +54,22 @@ type Dataplane struct {
 	cfg        Config
 	loader     *loader.Loader
 	maps       *maps.Maps
+	store      *servicesStore
 	services   *services.Controller
 	announcer  *announcer
 	policies   *policy.Controller
 	synced     chan struct{}
 	collectors []prometheus.Collector
 	peers      *peers
-	flows      atomic.Int64 // tracked at the last collection
+	flows      atomic.Pointer[conntrack.Pass] // the last collection
+	destroyed  prometheus.Counter
 	names      names
 	log        *flows.Log
 
 	mu       sync.Mutex // of all below, and of everything that changes links or the network
 	podCIDRs []netip.Prefix
-	told     map[string]string // peers that cannot be reached, and why, as it was logged
+	xdp      map[string]loader.XDPMode // of devices, as it was logged
+	told     map[string]string         // peers that cannot be reached, and why, as it was logged
 }
 
 // keptFlows is how many events a node remembers.
@@ -79,11 +87,23 @@ func New(ctx context.Context, cfg Config) (*Dataplane, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	l, err := loader.Load(loader.Config{Dir: cfg.BPFDir, Log: cfg.Log})
+	// Pods of other nodes are beyond a tunnel, by which nothing can be sent from XDP: only who asks for it gets it then, for
+	// backends outside the cluster.
+	if cfg.XDP == "" || cfg.XDP == loader.XDPAuto && cfg.Routing == network.VXLAN {
+		cfg.XDP = loader.XDPOff
+	}
+	if cfg.ConntrackMax == 0 {
+		var info unix.Sysinfo_t
+		if err := unix.Sysinfo(&info); err != nil {
+			return nil, fmt.Errorf("data plane: memory of this machine: %w", err)
+		}
+		cfg.ConntrackMax = conntrack.Max(info.Totalram * uint64(info.Unit))
+	}
+	l, err := loader.Load(loader.Config{Dir: cfg.BPFDir, NodePortMode: cfg.NodePortMode, XDP: cfg.XDP, Log: cfg.Log, ConntrackMax: cfg.ConntrackMax})
 	if err != nil {
 		return nil, fmt.Errorf("data plane: %w", err)
 	}
-	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps(), synced: make(chan struct{})}
+	d := &Dataplane{cfg: cfg, loader: l, maps: l.Maps(), store: newServicesStore(l.Maps()), synced: make(chan struct{}), destroyed: newDestroyed()}
 	d.announcer = newAnnouncer(d.maps, cfg.Log)
 	if d.peers, err = newPeers(cfg); err != nil {
 		d.Close()
@@ -102,7 +122,7 @@ func (d *Dataplane) start(ctx context.Context) error {
 	}
 	var err error
 	d.services, err = services.NewController(services.Config{
-		NodeName: d.cfg.NodeName, Informers: d.cfg.Informers, Store: d.maps, Capacity: d.maps.Capacity(),
+		NodeName: d.cfg.NodeName, Informers: d.cfg.Informers, Store: d.store, Capacity: d.maps.Capacity(),
 		Announcer: d.announcer, Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
 	})
 	if err != nil {
@@ -125,8 +145,10 @@ func (d *Dataplane) start(ctx context.Context) error {
 	if err := d.adoptPods(); err != nil {
 		return err
 	}
-	if err := d.loader.RemoveOldMaps(); err != nil {
-		return err
+	if !d.loader.Holds() {
+		if err := d.loader.RemoveOldMaps(); err != nil {
+			return err
+		}
 	}
 	return d.register(ctx)
 }
@@ -158,17 +180,24 @@ func (d *Dataplane) register(context.Context) error {
 	}
 	tracked := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "skep_dataplane_flows", Help: "Flows tracked when last collected.",
-	}, func() float64 { return float64(d.flows.Load()) })
+	}, func() float64 { p := d.tracked(); return float64(p.Flows() - p.Removed) })
 	capacity := d.maps.Capacity()
-	room := float64(capacity["conntrack_tcp"]) + float64(capacity["conntrack_udp"])
 	pressure := func(name string, used func() float64) prometheus.Collector {
 		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "skep_dataplane_map_pressure", Help: "Entries of a BPF map as a share of what fits.", ConstLabels: prometheus.Labels{"map": name},
 		}, used)
 	}
+	evicted := func(protocol string, of func(conntrack.ByProtocol) uint64) prometheus.Collector {
+		return prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Name: "skep_dataplane_conntrack_evictions_total", Help: "Flows that others drove out, for want of room, when last collected.",
+			ConstLabels: prometheus.Labels{"protocol": protocol},
+		}, func() float64 { return float64(of(d.tracked().Evicted)) })
+	}
 	for _, c := range []prometheus.Collector{
-		flows.NewCollector(d.maps.Counters), tracked,
-		pressure("conntrack", func() float64 { return float64(d.flows.Load()) / room }),
+		evicted("tcp", func(n conntrack.ByProtocol) uint64 { return n.TCP }), evicted("udp", func(n conntrack.ByProtocol) uint64 { return n.UDP }),
+		flows.NewCollector(d.maps.Counters), tracked, d.destroyed,
+		pressure("conntrack_tcp", func() float64 { return float64(d.tracked().TCP) / float64(capacity["conntrack_tcp"]) }),
+		pressure("conntrack_udp", func() float64 { return float64(d.tracked().UDP) / float64(capacity["conntrack_udp"]) }),
 		pressure("endpoints", func() float64 { return float64(d.names.addresses()) / float64(capacity["endpoints"]) }),
 	} {
 		if err := d.cfg.Metrics.Register(c); err != nil {
@@ -177,6 +206,14 @@ func (d *Dataplane) register(context.Context) error {
 		d.collectors = append(d.collectors, c)
 	}
 	return nil
+}
+
+// tracked is what the last collection of flows found.
+func (d *Dataplane) tracked() conntrack.Pass {
+	if p := d.flows.Load(); p != nil {
+		return *p
+	}
+	return conntrack.Pass{}
 }
 
 // Run keeps the kernel as the API wants it until ctx ends. Programs stay attached.
@@ -188,13 +225,14 @@ func (d *Dataplane) Run(ctx context.Context) error {
 	defer cancel()
 
 	gc := &conntrack.Collector{
-		Table: d.loader, Lifetimes: conntrack.Defaults, Log: d.cfg.Log,
-		Observe: func(flows, removed int) { d.flows.Store(int64(flows - removed)) },
+		Table: d.loader, Lifetimes: conntrack.Defaults, Log: d.cfg.Log, Room: int(d.cfg.ConntrackMax),
+		Observe: func(p conntrack.Pass) { d.flows.Store(&p) },
 	}
 	wg.Go(func() { gc.Run(ctx) })
 	e := d.subscribe(ctx)
 	wg.Go(func() { d.watchNode(ctx, e) })
 	wg.Go(func() { d.waitSynced(ctx) })
+	wg.Go(func() { d.watchOrphans(ctx) })
 	wg.Go(func() {
 		if err := d.log.Run(ctx); err != nil {
 			d.cfg.Log.Error("flows are not shown any more", "err", err)
@@ -221,7 +259,20 @@ func (d *Dataplane) waitSynced(ctx context.Context) {
 			return
 		}
 	}
+	if err := d.release(); err != nil {
+		d.cfg.Log.Error("programs of an older version could not all be replaced", "err", err)
+	}
 	close(d.synced)
+}
+
+// release puts programs in the place of those of an older version, which were left until the maps said what they should.
+func (d *Dataplane) release() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.loader.Holds() {
+		return nil
+	}
+	return errors.Join(d.loader.Release(), d.loader.RemoveOldMaps())
 }
 
 // Close releases what this process holds; what is attached stays. Run does it by itself.

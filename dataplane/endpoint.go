@@ -52,7 +52,7 @@ func (d *Dataplane) newPolicies() (*policy.Controller, error) {
 		}
 	}
 	c, err := policy.NewController(policy.Config{
-		Informers: d.cfg.Informers, Kernel: d.maps, Limits: policyLimits, Slots: slots,
+		Informers: d.cfg.Informers, Dynamic: d.cfg.Dynamic, Kernel: d.maps, Limits: policyLimits, Slots: slots,
 		Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
 	})
 	if err != nil {

@@ -36,7 +36,7 @@ func (n *testNode) routeOutside(addrs ...netip.Addr) {
 			if a.Is4() {
 				gateway = nodeV4
 			}
-			errs = append(errs, routeVia("eth0", a, gateway))
+			errs = append(errs, routeVia("eth0", a, gateway, netip.Addr{}))
 		}
 		return errors.Join(errs...)
 	})

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -82,9 +84,49 @@ func (d *Dataplane) Connections() ([]inspect.Connection, error) {
 	return inspect.Connections(all, flowNames{d}, d.cfg.NodeName, flows.Now().Monotonic), err
 }
 
+// Health is how full the maps are, and what could not be put into them.
+func (d *Dataplane) Health() (inspect.Health, error) {
+	all, err := d.maps.Flows()
+	if err != nil {
+		return inspect.Health{}, err
+	}
+	tally, err := d.loader.Tally()
+	if err != nil {
+		return inspect.Health{}, err
+	}
+	evicted, fits := d.tracked().Evicted, d.maps.Capacity()
+	tcp := inspect.Fill{Map: "conntrack_tcp", Evicted: evicted.TCP, Failed: tally.Failed.TCP}
+	udp := inspect.Fill{Map: "conntrack_udp", Evicted: evicted.UDP, Failed: tally.Failed.UDP}
+	for t := range all {
+		if t.Proto == maps.TCP {
+			tcp.Used++
+		} else {
+			udp.Used++
+		}
+	}
+	fills := []inspect.Fill{tcp, udp, {Map: "endpoints", Used: uint64(d.names.addresses())}}
+	for name, used := range d.services.Sizes() {
+		fills = append(fills, inspect.Fill{Map: name, Used: uint64(used)})
+	}
+	for i := range fills {
+		fills[i].Fits = uint64(fits[fills[i].Map])
+	}
+	used, room := d.policies.Entries()
+	fills = append(fills, inspect.Fill{Map: "policy", Used: uint64(used), Fits: uint64(room)})
+	slices.SortFunc(fills, func(a, b inspect.Fill) int { return strings.Compare(a.Map, b.Map) })
+	var problems []string
+	for name, err := range d.FailedServices() {
+		problems = append(problems, fmt.Sprintf("service %s is not what it should be: %v", name, err))
+	}
+	for name, why := range d.PolicyProblems() {
+		problems = append(problems, fmt.Sprintf("policy %s: %s", strings.TrimPrefix(name.String(), "/"), why))
+	}
+	return inspect.NewHealth(fills, problems), nil
+}
+
 // Trace says what would become of a connection, by the tables that the programs read.
 func (d *Dataplane) Trace(q inspect.Question) (inspect.Trace, error) {
-	q.Self = d.cfg.NodeIPs
+	q.Self, q.Now = d.cfg.NodeIPs, flows.Now().Monotonic
 	return inspect.Explain(q, d.cfg.NodeName, d.maps, flowNames{d}, route)
 }
 

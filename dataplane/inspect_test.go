@@ -86,6 +86,7 @@ func TestInspect(t *testing.T) {
 		t.Errorf("endpoints %+v, %v", endpoints, err)
 	}
 
+	defer n.hold(a.ns, web.v4).Close()
 	connections, err := n.dp.Connections()
 	if err != nil {
 		t.Fatal(err)
@@ -94,7 +95,7 @@ func TestInspect(t *testing.T) {
 	for _, c := range connections {
 		if c.Source.Pod == "a" && c.Destination.Pod == "b" && c.Destination.Port == 8080 && c.Service == "web" && c.To == nil {
 			found++
-			if want := map[string]string{"TCP": "closing", "UDP": "established"}[c.Protocol]; c.State != want && c.State != "established" && c.State != "reset" {
+			if c.State != "established" {
 				t.Errorf("connection %+v", c)
 			}
 		}

@@ -71,8 +71,9 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("pressure of %s is %v", name, v)
 		}
 	}
-	n.metric("skep_dataplane_map_pressure", "map", "conntrack") // counted at the next collection
-	n.metric("skep_dataplane_map_pressure", "map", "policy")    // default deny has no entries
+	n.metric("skep_dataplane_map_pressure", "map", "conntrack_tcp") // counted at the next collection
+	n.metric("skep_dataplane_map_pressure", "map", "conntrack_udp")
+	n.metric("skep_dataplane_map_pressure", "map", "policy") // default deny has no entries
 	for _, name := range []string{"skep_dataplane_service_apply_seconds", "skep_dataplane_policy_apply_seconds"} {
 		if n.metric(name) == 0 {
 			t.Errorf("%s has observed nothing", name)

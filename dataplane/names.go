@@ -23,6 +23,7 @@ type names struct {
 	pods    map[netip.Addr]namedPod
 	devices map[uint32]types.NamespacedName
 	cookies map[uint64]types.NamespacedName // of network namespaces
+	paths   map[uint64]string               // of network namespaces, by cookie
 	former  []netip.Addr
 	node    map[netip.Addr]bool // the node's own
 }
@@ -36,12 +37,14 @@ func (n *names) add(e Endpoint) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.pods == nil {
-		n.pods, n.devices, n.cookies = map[netip.Addr]namedPod{}, map[uint32]types.NamespacedName{}, map[uint64]types.NamespacedName{}
+		n.pods, n.devices = map[netip.Addr]namedPod{}, map[uint32]types.NamespacedName{}
+		n.cookies, n.paths = map[uint64]types.NamespacedName{}, map[uint64]string{}
 	}
 	name := types.NamespacedName{Namespace: e.Namespace, Name: e.Name}
 	n.devices[uint32(e.Ifindex)] = name
 	if e.NetnsCookie != 0 {
 		n.cookies[e.NetnsCookie] = name
+		n.paths[e.NetnsCookie] = e.NetNS
 	}
 	for _, a := range e.Addrs {
 		n.pods[a.Unmap()] = namedPod{name, false}
@@ -62,6 +65,7 @@ func (n *names) remove(e Endpoint) {
 	defer n.mu.Unlock()
 	delete(n.devices, uint32(e.Ifindex))
 	delete(n.cookies, e.NetnsCookie)
+	delete(n.paths, e.NetnsCookie)
 	for _, a := range e.Addrs {
 		a = a.Unmap()
 		if p, ok := n.pods[a]; ok && p.Namespace == e.Namespace && p.Name == e.Name {
@@ -76,6 +80,24 @@ func (n *names) remove(e Endpoint) {
 		}
 		n.former = n.former[1:]
 	}
+}
+
+// netns is where the network namespace of a pod is, and whose it is.
+func (n *names) netns(cookie uint64) (path, pod string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.paths[cookie], n.cookies[cookie].String()
+}
+
+// namespaces are the cookies of the network namespaces of pods.
+func (n *names) namespaces() map[uint64]bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	all := make(map[uint64]bool, len(n.paths))
+	for cookie := range n.paths {
+		all[cookie] = true
+	}
+	return all
 }
 
 // addresses is how many pods of the node have.
@@ -126,8 +148,8 @@ func (f flowNames) Service(id uint32) (namespace, name string, ok bool) {
 	return namespace, name, ok
 }
 
-func (f flowNames) Policies(set uint32, namespace, pod, direction string) (policies []string, why string) {
-	return f.d.policies.Denial(set, types.NamespacedName{Namespace: namespace, Name: pod}, direction)
+func (f flowNames) Policies(set, rule uint32, namespace, pod, direction string) (policies []string, why string) {
+	return f.d.policies.Denial(set, rule, types.NamespacedName{Namespace: namespace, Name: pod}, direction)
 }
 
 // readFlow gives an event its names.

@@ -13,6 +13,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/dataplane/maps"
 	"skep.io/skep/dataplane/network"
 )
@@ -45,7 +46,12 @@ func (d *Dataplane) syncNodeLocked() error {
 		return err
 	}
 	d.names.setNode(addrs)
-	if err := d.maps.SetNode(node(d.cfg.NodeIPs, d.podCIDRs)); err != nil {
+	own := node(d.cfg.NodeIPs, d.podCIDRs)
+	// Without one there are no peers to hand anything on to.
+	if mtu, err := network.PodMTU(d.cfg.Routing, d.cfg.NodeIPs); err == nil {
+		own.MTU = uint32(mtu)
+	}
+	if err := d.maps.SetNode(own); err != nil {
 		return err
 	}
 	if err := d.maps.SetClient(d.loader.NetnsCookie(), maps.ClientOf(d.cfg.NodeIPs)); err != nil {
@@ -62,6 +68,11 @@ func (d *Dataplane) syncNodeLocked() error {
 		}
 		if err := d.loader.AttachHost(index); err != nil {
 			return err
+		}
+		if link.Attrs().Name != network.Tunnel {
+			if err := d.attachXDP(index, link.Attrs().Name); err != nil {
+				return err
+			}
 		}
 		if mac := link.Attrs().HardwareAddr; len(mac) == 6 && link.Attrs().Name != network.Tunnel {
 			ethernet[index] = mac
@@ -80,6 +91,26 @@ func (d *Dataplane) syncNodeLocked() error {
 				return err
 			}
 		}
+	}
+	return nil
+}
+
+// attachXDP is called with mu held.
+func (d *Dataplane) attachXDP(index int, name string) error {
+	mode, err := d.loader.AttachXDP(index)
+	if err != nil && d.cfg.XDP != loader.XDPAuto {
+		return err
+	}
+	if was, told := d.xdp[name]; !told || was != mode {
+		if err != nil {
+			d.cfg.Log.Warn("NodePorts with backends elsewhere are not served at the driver", "device", name, "err", err)
+		} else if mode != loader.XDPOff {
+			d.cfg.Log.Info("NodePorts with backends elsewhere are served at the driver", "device", name, "xdp", mode)
+		}
+		if d.xdp == nil {
+			d.xdp = map[string]loader.XDPMode{}
+		}
+		d.xdp[name] = mode
 	}
 	return nil
 }

@@ -300,17 +300,3 @@ func TestRepair(t *testing.T) {
 		t.Errorf("map directories: %v", m)
 	}
 }
-
-// TestOtherLayout: maps of a version with other layouts are neither read nor left behind.
-func TestOtherLayout(t *testing.T) {
-	n := newNode(t)
-	n.stop()
-	old := filepath.Join(n.cfg.BPFDir, "maps-00000000")
-	if err := os.Mkdir(old, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	n.start()
-	if _, err := os.Stat(old); !os.IsNotExist(err) {
-		t.Errorf("%s: %v", old, err)
-	}
-}

@@ -119,10 +119,13 @@ type testNode struct {
 	stop     func()
 	nextPod  int
 	nextPort atomic.Int32
+	synced   time.Duration // from when the informers were started until all was in the kernel
 }
 
 // newNode makes the node: this process' namespace with eth0, and the outside at eth0's other end.
-func newNode(t testing.TB) *testNode {
+func newNode(t testing.TB) *testNode { return newNodeOf(t, func(*Config) {}) }
+
+func newNodeOf(t testing.TB, change func(*Config)) *testNode {
 	t.Helper()
 	n := &testNode{t: t, client: fake.NewClientset(), outside: newNamespace(t)}
 	namespace(0).do(t, func() error {
@@ -147,6 +150,7 @@ func newNode(t testing.TB) *testNode {
 		Metrics: prometheus.NewRegistry(),
 		Log:     slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	}
+	change(&n.cfg)
 	n.start()
 	t.Cleanup(func() {
 		n.stop()
@@ -176,6 +180,7 @@ func (n *testNode) start() {
 	n.dp = dp
 	done := make(chan error, 1)
 	go func() { done <- dp.Run(ctx) }()
+	started := time.Now()
 	n.cfg.Informers.Start(ctx.Done())
 	began = time.Now()
 	if err := dp.ConfigureNode(ctx, podCIDRs); err != nil {
@@ -184,6 +189,7 @@ func (n *testNode) start() {
 	n.t.Log("ConfigureNode:", time.Since(began))
 	select {
 	case <-dp.Synced():
+		n.synced = time.Since(started)
 	case err := <-done:
 		n.t.Fatal("data plane ended: ", err)
 	case <-time.After(30 * time.Second):
@@ -251,16 +257,7 @@ func (n *testNode) pod(name string) *testPod {
 		if p.NetnsCookie, err = loader.ThisNetnsCookie(); err != nil {
 			return err
 		}
-		for gateway, any := range map[string]string{"169.254.1.1": "0.0.0.0/0", "fe80::1": "::/0"} {
-			ip := net.ParseIP(gateway)
-			neigh := &netlink.Neigh{LinkIndex: l.Attrs().Index, IP: ip, HardwareAddr: p.HostMAC, State: netlink.NUD_PERMANENT}
-			_, dst, _ := net.ParseCIDR(any)
-			route := &netlink.Route{LinkIndex: l.Attrs().Index, Gw: ip, Dst: dst, Flags: int(netlink.FLAG_ONLINK)}
-			if err := errors.Join(netlink.NeighAdd(neigh), netlink.RouteAdd(route)); err != nil {
-				return fmt.Errorf("%s: %w", gateway, err)
-			}
-		}
-		return nil
+		return podRoutes(l, p.HostMAC)
 	})
 	namespace(0).do(n.t, func() error {
 		var errs []error
@@ -275,6 +272,20 @@ func (n *testNode) pod(name string) *testPod {
 		n.t.Fatal(err)
 	}
 	return p
+}
+
+// podRoutes sends all that leaves a pod to the node's end of its veth.
+func podRoutes(device netlink.Link, hostMAC net.HardwareAddr) error {
+	for gateway, any := range map[string]string{"169.254.1.1": "0.0.0.0/0", "fe80::1": "::/0"} {
+		ip := net.ParseIP(gateway)
+		neigh := &netlink.Neigh{LinkIndex: device.Attrs().Index, IP: ip, HardwareAddr: hostMAC, State: netlink.NUD_PERMANENT}
+		_, dst, _ := net.ParseCIDR(any)
+		route := &netlink.Route{LinkIndex: device.Attrs().Index, Gw: ip, Dst: dst, Flags: int(netlink.FLAG_ONLINK)}
+		if err := errors.Join(netlink.NeighAdd(neigh), netlink.RouteAdd(route)); err != nil {
+			return fmt.Errorf("%s: %w", gateway, err)
+		}
+	}
+	return nil
 }
 
 // serve answers each TCP connection and UDP packet on port with its name and the client it sees; a TCP
@@ -356,33 +367,60 @@ func ask(ns namespace, network string, to netip.AddrPort) (name string, client n
 // askAs asks in a namespace from a process that the socket programs do not see, as a client on another
 // machine is.
 func (n *testNode) askAs(from namespace, network string, to netip.AddrPort) (name string, client netip.AddrPort, err error) {
-	out := &strings.Builder{}
-	err = from.try(func() error {
-		dir, err := os.Open(filepath.Dir(os.Getenv(inside)))
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), stranger+"="+network+" "+to.String())
-		cmd.Stdout, cmd.Stderr = out, out
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
-		return cmd.Run()
-	})
+	out, err := n.stranger(from, network+" "+to.String())
 	if err != nil {
-		return "", netip.AddrPort{}, fmt.Errorf("%w: %s", err, out)
+		return "", netip.AddrPort{}, err
 	}
 	var seen string
-	if _, err := fmt.Sscan(out.String(), &name, &seen); err != nil {
+	if _, err := fmt.Sscan(out, &name, &seen); err != nil {
 		return "", netip.AddrPort{}, err
 	}
 	client, err = netip.ParseAddrPort(seen)
 	return name, client, err
 }
 
+// stranger runs a question in a namespace, in a process that the socket programs do not see.
+func (n *testNode) stranger(from namespace, question string) (answer string, err error) {
+	out := &strings.Builder{}
+	err = n.asStranger(from, question, func(cmd *exec.Cmd) error {
+		cmd.Stdout, cmd.Stderr = out, out
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+		return cmd.Run()
+	})
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return out.String(), nil
+}
+
+// asStranger runs or starts such a process; its parent is a thread that ends.
+func (n *testNode) asStranger(from namespace, question string, run func(*exec.Cmd) error) error {
+	return from.try(func() error {
+		dir, err := os.Open(filepath.Dir(os.Getenv(inside)))
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), stranger+"="+question)
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
+		return run(cmd)
+	})
+}
+
 func askAsStranger(question string) int {
-	network, to, _ := strings.Cut(question, " ")
-	name, client, err := ask(0, network, netip.MustParseAddrPort(to))
+	network, where, _ := strings.Cut(question, " ")
+	to := netip.MustParseAddrPort(where)
+	if f, ok := strangers[network]; ok {
+		answer, err := f(to)
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		fmt.Println(answer)
+		return 0
+	}
+	name, client, err := ask(0, network, to)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -450,36 +488,45 @@ func (n *testNode) service(name string, change func(*corev1.Service), pods ...*t
 func (n *testNode) endpoints(name string, pods ...*testPod) {
 	n.t.Helper()
 	for i, family := range []discoveryv1.AddressType{discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6} {
-		s := &discoveryv1.EndpointSlice{
-			ObjectMeta: metav1.ObjectMeta{
-				Namespace: "default", Name: fmt.Sprintf("%s-%d", name, i), Labels: map[string]string{discoveryv1.LabelServiceName: name},
-			},
-			AddressType: family,
-			Ports: []discoveryv1.EndpointPort{
-				{Name: ptr("tcp"), Protocol: ptr(corev1.ProtocolTCP), Port: ptr(int32(8080))},
-				{Name: ptr("udp"), Protocol: ptr(corev1.ProtocolUDP), Port: ptr(int32(8080))},
-			},
-		}
+		s := slice(name, i, family, 8080)
 		for _, p := range pods {
 			s.Endpoints = append(s.Endpoints, discoveryv1.Endpoint{Addresses: []string{p.Addrs[i].String()}, NodeName: ptr("node-1")})
 		}
-		api := n.client.DiscoveryV1().EndpointSlices("default")
-		_, err := api.Update(context.Background(), s, metav1.UpdateOptions{})
-		if err != nil {
-			_, err = api.Create(context.Background(), s, metav1.CreateOptions{})
-		}
-		if err != nil {
-			n.t.Fatal(err)
-		}
+		n.putSlice(s)
 	}
 }
 
-// routeVia sends what is for an address through a gateway.
-func routeVia(device string, to, gateway netip.Addr) error {
+func slice(name string, i int, family discoveryv1.AddressType, port int32) *discoveryv1.EndpointSlice {
+	return &discoveryv1.EndpointSlice{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: "default", Name: fmt.Sprintf("%s-%d", name, i), Labels: map[string]string{discoveryv1.LabelServiceName: name},
+		},
+		AddressType: family,
+		Ports: []discoveryv1.EndpointPort{
+			{Name: ptr("tcp"), Protocol: ptr(corev1.ProtocolTCP), Port: &port},
+			{Name: ptr("udp"), Protocol: ptr(corev1.ProtocolUDP), Port: &port},
+		},
+	}
+}
+
+func (n *testNode) putSlice(s *discoveryv1.EndpointSlice) {
+	n.t.Helper()
+	api := n.client.DiscoveryV1().EndpointSlices("default")
+	_, err := api.Update(context.Background(), s, metav1.UpdateOptions{})
+	if err != nil {
+		_, err = api.Create(context.Background(), s, metav1.CreateOptions{})
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// routeVia sends what is for an address through a gateway, from the address src if that is valid.
+func routeVia(device string, to, gateway, src netip.Addr) error {
 	l, err := netlink.LinkByName(device)
 	if err != nil {
 		return err
 	}
 	dst := &net.IPNet{IP: to.AsSlice(), Mask: net.CIDRMask(to.BitLen(), to.BitLen())}
-	return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: dst, Gw: gateway.AsSlice()})
+	return netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: dst, Gw: gateway.AsSlice(), Src: src.AsSlice()})
 }

@@ -3,14 +3,16 @@
 package ingress
 
 import (
+	"container/list"
+	"crypto/tls"
 	"log/slog"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,20 +30,108 @@ func openFiles() uint64 {
 	return limit.Cur
 }
 
-// clientListener bounds what clients can take: as many connections at once as slots has room for (the
-// next wait, the kernel's queue behind them), and each write has an end, whichever protocol writes: a
-// client that does not read loses its connection.
+// room is what a server's listeners have for clients together: as many connections at once as it has slots. When it is
+// full, kept connections without a request make room, the longest idle first, as nginx has it; when all are busy, the
+// next client waits, the kernel's queue behind it.
+type room struct {
+	slots   chan struct{} // one a connection
+	metrics *metrics
+
+	mu      sync.Mutex
+	idle    list.List // of *clientConn, the longest idle in front
+	waiting int       // clients that found neither a slot nor an idle connection
+}
+
+func newRoom(connections int, m *metrics) *room {
+	return &room{slots: make(chan struct{}, connections), metrics: m}
+}
+
+// enter waits for a slot; false means that closed was closed.
+func (r *room) enter(closed <-chan struct{}) bool {
+	for {
+		select {
+		case r.slots <- struct{}{}:
+			return true
+		default:
+		}
+		longest := r.longestIdle()
+		if longest == nil {
+			break
+		}
+		r.evict(longest) // another listener may take its slot: then the next one goes
+	}
+	defer func() {
+		r.mu.Lock()
+		r.waiting--
+		r.mu.Unlock()
+	}()
+	select {
+	case r.slots <- struct{}{}:
+		return true
+	case <-closed:
+		return false
+	}
+}
+
+// longestIdle takes a connection from the list. Where there is none, the caller waits: who becomes idle makes room.
+func (r *room) longestIdle() *clientConn {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.idle.Front()
+	if e == nil {
+		r.waiting++
+		return nil
+	}
+	c := e.Value.(*clientConn)
+	r.leaveIdle(c)
+	return c
+}
+
+func (r *room) evict(c *clientConn) {
+	r.metrics.evicted.Inc()
+	_ = c.Close() // what a client lost that was just sending, it may send again (RFC 9112, 9.3.1)
+}
+
+// state is a server's ConnState.
+func (r *room) state(conn net.Conn, state http.ConnState) {
+	if t, ok := conn.(*tls.Conn); ok {
+		conn = t.NetConn()
+	}
+	c := conn.(*clientConn)
+	r.mu.Lock()
+	r.leaveIdle(c)
+	evict := state == http.StateIdle && r.waiting > 0
+	if state == http.StateIdle && !evict {
+		c.idle = r.idle.PushBack(c)
+		r.metrics.idle.Inc()
+	}
+	r.mu.Unlock()
+	if evict {
+		r.evict(c)
+	}
+}
+
+// leaveIdle is called with mu held.
+func (r *room) leaveIdle(c *clientConn) {
+	if c.idle != nil {
+		r.idle.Remove(c.idle)
+		c.idle = nil
+		r.metrics.idle.Dec()
+	}
+}
+
+// clientListener lets clients in as there is room, and each write has an end, whichever protocol writes: a client that
+// does not read loses its connection.
 type clientListener struct {
 	net.Listener
 	stall  time.Duration
-	slots  chan struct{} // one a connection; shared by the listeners of a server
-	open   prometheus.Gauge
+	room   *room // shared by the listeners of a server
 	closed chan struct{}
 	close  func() error
 }
 
-func newClientListener(l net.Listener, stall time.Duration, slots chan struct{}, open prometheus.Gauge) *clientListener {
-	c := &clientListener{Listener: l, stall: stall, slots: slots, open: open, closed: make(chan struct{})}
+func newClientListener(l net.Listener, stall time.Duration, room *room) *clientListener {
+	c := &clientListener{Listener: l, stall: stall, room: room, closed: make(chan struct{})}
 	c.close = sync.OnceValue(func() error {
 		close(c.closed)
 		return l.Close()
@@ -56,25 +146,25 @@ func (l *clientListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case l.slots <- struct{}{}:
-	case <-l.closed:
+	if !l.room.enter(l.closed) {
 		c.Close()
 		return nil, net.ErrClosed
 	}
-	l.open.Inc()
+	open := l.room.metrics.connections
+	open.Inc()
 	return &clientConn{Conn: c, stall: l.stall, leave: sync.OnceFunc(func() {
-		l.open.Dec()
-		<-l.slots
+		open.Dec()
+		<-l.room.slots
 	})}, nil
 }
 
 type clientConn struct {
 	net.Conn
 	stall time.Duration
-	until atomic.Int64 // the write deadline in unix nanoseconds
-	owned atomic.Bool  // the caller set a deadline of its own
-	leave func()       // gives the slot back, once
+	until atomic.Int64  // the write deadline in unix nanoseconds
+	owned atomic.Bool   // the caller set a deadline of its own
+	leave func()        // gives the slot back, once
+	idle  *list.Element // in the room's list; guarded by its mu
 }
 
 func (c *clientConn) Close() error {

@@ -16,6 +16,8 @@ type metrics struct {
 	latency     prometheus.Histogram
 	active      prometheus.Gauge
 	connections prometheus.Gauge
+	idle        prometheus.Gauge
+	evicted     prometheus.Counter
 	failures    *prometheus.CounterVec
 	routes      prometheus.Gauge
 	certs       prometheus.Gauge
@@ -46,6 +48,12 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		connections: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "skep_ingress_connections", Help: "Connections of clients that are open and served.",
 		}),
+		idle: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "skep_ingress_connections_idle", Help: "Of them those that are kept without a request.",
+		}),
+		evicted: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "skep_ingress_connections_evicted_total", Help: "Kept connections without a request that were closed to make room for other clients.",
+		}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "skep_ingress_backend_failures_total", Help: "Failures of backends: connect, reply (no proper head), body (cut off).",
 		}, []string{"stage"}),
@@ -55,7 +63,7 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		known:    map[string]*requestCounters{},
 	}
 	if reg != nil {
-		for _, c := range []prometheus.Collector{m.requests, m.latency, m.active, m.connections, m.failures, m.routes, m.certs, m.rebuilds} {
+		for _, c := range []prometheus.Collector{m.requests, m.latency, m.active, m.connections, m.idle, m.evicted, m.failures, m.routes, m.certs, m.rebuilds} {
 			if err := reg.Register(c); err != nil {
 				return nil, err
 			}

@@ -518,47 +518,6 @@ func TestConnectionBoundLeavesDescriptors(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreBounded(t *testing.T) {
-	h := start(t, func(c *Config) { c.Limits.Connections = 1 }, everything())
-	served := make(chan string, 100)
-	h.backends.set("app", app(t, func(_ http.ResponseWriter, r *http.Request) { served <- r.URL.Path }))
-	connect := func() (net.Conn, *bufio.Reader) {
-		c, err := net.Dial("tcp", h.http)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		return c, bufio.NewReader(c)
-	}
-	ask := func(c net.Conn, path string) { fmt.Fprintf(c, "GET %s HTTP/1.1\r\nHost: app\r\n\r\n", path) }
-	answered := func(r *bufio.Reader, path string) {
-		t.Helper()
-		resp, err := http.ReadResponse(r, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp.Body.Close()
-		if got := <-served; got != path {
-			t.Fatalf("%s was served, want %s", got, path)
-		}
-	}
-	first, firstReplies := connect()
-	ask(first, "/first")
-	answered(firstReplies, "/first")
-	second, secondReplies := connect()
-	ask(second, "/second")
-	for range 50 { // time enough for the second, if anything served it
-		ask(first, "/first")
-		answered(firstReplies, "/first")
-	}
-	if open := gauge(t, h, "skep_ingress_connections"); open != 1 {
-		t.Errorf("%v connections are open, want 1", open)
-	}
-	first.Close()
-	answered(secondReplies, "/second")
-	connect() // waits until the server ends, which it must not hold up
-}
-
 func gauge(t *testing.T, h *harness, name string) float64 {
 	t.Helper()
 	families, err := h.metrics.Gather()

@@ -249,15 +249,16 @@ func (s *Server) closeListeners() {
 // serve starts a server on each listener.
 func (s *Server) serve(wg *sync.WaitGroup) (servers []*http.Server, failed chan error) {
 	failed = make(chan error, 2)
-	slots := make(chan struct{}, s.cfg.Limits.Connections)
+	room := newRoom(s.cfg.Limits.Connections, s.proxy.metrics)
 	start := func(l net.Listener, run func(*http.Server, net.Listener) error) {
 		if l == nil {
 			return
 		}
 		srv := s.newHTTPServer()
+		srv.ConnState = room.state
 		servers = append(servers, srv)
 		wg.Go(func() {
-			if err := run(srv, newClientListener(l, s.cfg.Limits.ClientStall, slots, s.proxy.metrics.connections)); !errors.Is(err, http.ErrServerClosed) {
+			if err := run(srv, newClientListener(l, s.cfg.Limits.ClientStall, room)); !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("ingress: serving on %s: %w", l.Addr(), err)
 			}
 		})

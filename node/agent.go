@@ -28,11 +28,14 @@ import (
 	"k8s.io/client-go/tools/record"
 
 	"skep.io/skep/api"
+	"skep.io/skep/node/csi"
 	"skep.io/skep/node/dns"
+	"skep.io/skep/node/eviction"
 	"skep.io/skep/node/pods"
 	"skep.io/skep/node/probes"
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/static"
 	"skep.io/skep/node/volumes"
 )
 
@@ -48,6 +51,8 @@ type Runtime interface {
 	runtime.Containers
 	runtime.Sessions
 	Images() runtime.Images
+	// DiskUsage is what a container has written to its root file system.
+	DiskUsage(ctx context.Context, id string) (bytes, inodes int64, err error)
 	Close() error
 }
 
@@ -70,6 +75,7 @@ type Config struct {
 	RunDir        string // empty: api.RunDir
 	LogsDir       string // empty: api.PodLogsDir
 	ImagesDir     string // archives to import at start; empty for none
+	StaticPodDir  string // manifests of pods that this node runs whatever the API says; empty for none
 	ClusterDNS    []netip.Addr
 	ClusterDomain string
 	// HostResolvConf is the host's resolv.conf; empty: dns.HostResolvConf finds it.
@@ -88,9 +94,18 @@ type Config struct {
 	MaxPods  int // 0: 110
 	// UnsafeSysctls may be set by pods; a name may end in an asterisk.
 	UnsafeSysctls []string
-	ImageGC       ImageGC
-	Log           *slog.Logger
-	Metrics       prometheus.Registerer
+	// LeaseLife is how long this node may be silent, in whole seconds; it gives a sign four times as often. 0: 40 s.
+	LeaseLife time.Duration
+	ImageGC   ImageGC
+	Eviction  Eviction
+	// KubeReserved is kept from pods for this agent and what belongs to it, SystemReserved for the rest of the host.
+	KubeReserved, SystemReserved Reserved
+	// PodMaxPids is how many processes and threads one pod may have; 0: a quarter of what all pods may have together,
+	// negative: no limit of its own.
+	PodMaxPids int64
+	Shutdown   Shutdown
+	Log        *slog.Logger
+	Metrics    prometheus.Registerer
 }
 
 // Agent of one node.
@@ -138,8 +153,14 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if cfg.NodeName == "" || len(cfg.NodeIPs) == 0 {
 		return nil, errors.New("a node needs a name and at least one address")
 	}
+	if cfg.Eviction, err = cfg.Eviction.complete(); err != nil {
+		return nil, fmt.Errorf("thresholds of eviction: %w", err)
+	}
 	a := &Agent{cfg: cfg, log: cfg.Log, runtime: cfg.Runtime, ready: make(chan struct{})}
 	if a.host, err = readHost(cfg.DataDir); err != nil {
+		return nil, err
+	}
+	if err := a.host.keep(cfg.KubeReserved, cfg.SystemReserved, cfg.Eviction.Hard); err != nil {
 		return nil, err
 	}
 	if cfg.HostResolvConf == "" {
@@ -250,9 +271,10 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	})
 	defer objects.Wait()
 	defer cancel()
+	drivers := csi.New(csi.Config{Dir: filepath.Join(a.cfg.DataDir, "plugins_registry"), NodeName: a.cfg.NodeName, Client: a.cfg.Client, Log: a.log})
 	vols, err := volumes.New(volumes.Config{
 		Dir: filepath.Join(a.cfg.DataDir, "pods"), Client: a.cfg.Client, Objects: objects,
-		Allocatable: a.host.allocatable(a.cfg.MaxPods), Log: a.log,
+		Allocatable: a.host.allocatable(a.cfg.MaxPods), Images: a.runtime.Images(), Drivers: drivers, Log: a.log,
 	})
 	if err != nil {
 		return err
@@ -266,9 +288,9 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	set, err := pods.New(ctx, pods.Config{
 		NodeName: a.cfg.NodeName, NodeIPs: a.cfg.NodeIPs, Client: a.cfg.Client,
 		Runtime: a.runtime, Images: a.runtime.Images(), Sandboxes: a.sandboxes, Volumes: volumeAdapter{vols, objects}, Objects: objects,
-		Prober: prober, Services: func(ns string) ([]*corev1.Service, error) { return a.servicesOf(ctx, ns) }, ResolvConf: a.resolvConf, Recorder: recorder,
+		Prober: prober, Services: func(ns string, wait bool) ([]*corev1.Service, error) { return a.servicesOf(ctx, ns, wait) }, ResolvConf: a.resolvConf, Recorder: recorder,
 		Dir: filepath.Join(a.cfg.DataDir, "pods"), LogsDir: a.cfg.LogsDir, ClusterDomain: a.cfg.ClusterDomain,
-		Allocatable: a.host.allocatable(a.cfg.MaxPods), Terms: pods.Terms{UnsafeSysctls: a.cfg.UnsafeSysctls}, Node: a.status.current, MemoryCapacity: a.host.memory, BootID: a.host.bootID, Log: a.log, Metrics: a.cfg.Metrics,
+		Allocatable: a.host.allocatable(a.cfg.MaxPods), Terms: pods.Terms{UnsafeSysctls: a.cfg.UnsafeSysctls, PodPids: a.host.podPids(a.cfg.PodMaxPids)}, Node: a.status.current, MemoryCapacity: a.host.memory, BootID: a.host.bootID, Weigh: weighBurstable, Log: a.log, Metrics: a.cfg.Metrics,
 	})
 	if err != nil {
 		return err
@@ -278,7 +300,13 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	go func() { defer close(setDone); set.Run() }()
 	defer func() { cancel(); <-setDone }()
 
+	if err := a.limitPods(); err != nil {
+		a.log.Warn("what all pods have together is not limited", "error", err)
+	}
 	a.log.Info("node agent starts", "node", a.cfg.NodeName, "addresses", a.cfg.NodeIPs)
+	if err := a.runStatic(ctx, g, set); err != nil {
+		return err
+	}
 	if err := a.register(ctx); err != nil {
 		if ctx.Err() != nil {
 			return nil
@@ -287,9 +315,15 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	}
 	g.do(func() error { return a.watchNode(ctx) })
 	g.do(func() error { return a.watchPods(ctx, set) })
+	g.do(func() error { set.RunMirrors(ctx); return nil })
 	g.do(func() error { a.renewLease(ctx); return nil })
 	g.do(func() error { a.status.run(ctx); return nil })
+	g.do(func() error {
+		(&evictor{a: a, set: set, policy: a.cfg.Eviction, state: eviction.NewState()}).run(ctx)
+		return nil
+	})
 	g.do(func() error { return a.importImages(ctx, set) })
+	g.do(func() error { drivers.Run(ctx); return nil })
 	if a.cfg.ServeAPI != nil {
 		g.do(func() error { return a.cfg.ServeAPI(ctx, a) })
 	}
@@ -297,13 +331,35 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	return g.wait()
 }
 
+// runStatic runs the pods of the files in the static pods' directory, before the API server has answered: they may be what
+// it takes to reach it. What an earlier agent left of those whose files are gone belongs to nobody.
+func (a *Agent) runStatic(ctx context.Context, g *group, set *pods.Set) error {
+	if a.cfg.StaticPodDir == "" {
+		return nil
+	}
+	if err := os.MkdirAll(a.cfg.StaticPodDir, 0o700); err != nil {
+		return fmt.Errorf("directory of static pods: %w", err)
+	}
+	dir := static.NewDir(a.cfg.StaticPodDir, a.cfg.NodeName, a.log)
+	list, err := dir.Read()
+	if err != nil {
+		return err
+	}
+	set.SetStatic(list)
+	g.do(func() error { dir.Watch(ctx, set.SetStatic); return nil })
+	return nil
+}
+
 // resolvConf is the resolv.conf of a pod.
 func (a *Agent) resolvConf(pod *corev1.Pod) ([]byte, error) {
 	return dns.ResolvConf(pod, a.cfg.ClusterDNS, a.cfg.ClusterDomain, a.resolv)
 }
 
-// servicesOf lists the Services of a namespace, once they are known: containers get variables from them.
-func (a *Agent) servicesOf(ctx context.Context, namespace string) ([]*corev1.Service, error) {
+// servicesOf lists the Services of a namespace: containers get variables from them. With wait that is once they are known.
+func (a *Agent) servicesOf(ctx context.Context, namespace string, wait bool) ([]*corev1.Service, error) {
+	if !wait {
+		return a.services.Services(namespace).List(labels.Everything())
+	}
 	select {
 	case <-a.synced.Done():
 		return a.services.Services(namespace).List(labels.Everything())
@@ -348,6 +404,15 @@ func (v volumeAdapter) ContainerMounts(pod *corev1.Pod, c *corev1.Container, exp
 	out := make([]runtime.Mount, 0, len(list))
 	for _, m := range list {
 		out = append(out, runtime.Mount(m))
+	}
+	return out, err
+}
+
+func (v volumeAdapter) ContainerDevices(pod *corev1.Pod, c *corev1.Container) ([]runtime.Device, error) {
+	list, err := v.Volumes.ContainerDevices(pod, c)
+	out := make([]runtime.Device, 0, len(list))
+	for _, d := range list {
+		out = append(out, runtime.Device(d))
 	}
 	return out, err
 }

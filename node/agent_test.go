@@ -366,3 +366,73 @@ func BenchmarkCreateToRunning(b *testing.B) {
 	b.ReportMetric(float64(took[len(took)/2].Milliseconds()), "ms-p50")
 	b.ReportMetric(float64(took[len(took)*99/100].Milliseconds()), "ms-p99")
 }
+
+// TestStaticPods runs a pod because of a file, with the API server's own rules about who may make its mirror.
+func TestStaticPods(t *testing.T) {
+	c := newCluster(t)
+	dir := filepath.Join(c.dir, "manifests")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	manifest := func(arg string) {
+		t.Helper()
+		text := fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec:\n  terminationGracePeriodSeconds: 5\n  containers:\n"+
+			"  - {name: c, image: %q, args: [serve, %q], readinessProbe: {periodSeconds: 1, tcpSocket: {port: 8080}}}\n", testImage, arg)
+		if err := os.WriteFile(filepath.Join(dir, "web.yaml"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	manifest("one")
+	c.start()
+	exists := func() bool {
+		_, err := c.admin.CoreV1().Pods("default").Get(context.Background(), "web-"+testNode, metav1.GetOptions{})
+		return err == nil
+	}
+	c.until("the API shows it", exists)
+	p := c.untilPod("web-"+testNode, "is ready", isReady)
+	if got := c.ask(p, "/args"); !strings.Contains(got, `"one"`) {
+		t.Errorf("arguments %s", got)
+	}
+	c.until("its events are found by its uid on the node", func() bool {
+		list, err := c.admin.CoreV1().Events("default").List(context.Background(), metav1.ListOptions{FieldSelector: "involvedObject.uid=" + p.Annotations[corev1.MirrorPodAnnotationKey]})
+		return err == nil && slices.ContainsFunc(list.Items, func(e corev1.Event) bool { return e.Reason == "Started" })
+	})
+
+	// The next agent finds it ready, and says nothing else of it.
+	changes, err := c.admin.CoreV1().Pods("default").Watch(context.Background(), metav1.ListOptions{FieldSelector: "metadata.name=" + p.Name, ResourceVersion: p.ResourceVersion})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.stop()
+	c.start()
+	c.until("the next agent runs it", func() bool {
+		q, ok := c.agent.Pods().Pod("default", p.Name, "")
+		return ok && isReady(q)
+	})
+	changes.Stop()
+	for e := range changes.ResultChan() {
+		if q, ok := e.Object.(*corev1.Pod); ok && !isReady(q) {
+			t.Errorf("not ready for a moment: %+v", q.Status.Conditions)
+		}
+	}
+	if q := c.get(p.Name); q.UID != p.UID || q.Status.ContainerStatuses[0].ContainerID != p.Status.ContainerStatuses[0].ContainerID {
+		t.Errorf("it was made anew: %+v", q.Status)
+	}
+
+	manifest("two")
+	c.until("another mirror shows the new one", func() bool {
+		q, err := c.admin.CoreV1().Pods("default").Get(context.Background(), p.Name, metav1.GetOptions{})
+		return err == nil && q.UID != p.UID && isReady(q)
+	})
+	p = c.get(p.Name)
+	if got := c.ask(p, "/args"); !strings.Contains(got, `"two"`) {
+		t.Errorf("arguments %s", got)
+	}
+	if err := os.Remove(filepath.Join(dir, "web.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	c.until("it is gone", func() bool { return !exists() })
+	if list, err := c.agent.Runtime().List(context.Background()); err != nil || len(list) > 0 {
+		t.Errorf("containers left: %v, %v", list, err)
+	}
+}

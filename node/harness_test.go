@@ -51,6 +51,13 @@ var binDir = os.Getenv("SKEP_TEST_BIN")
 
 func TestMain(m *testing.M) {
 	klog.SetLogger(logr.Discard())
+	if text := os.Getenv(agentProcessEnv); text != "" {
+		if err := runAgentProcess(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if binDir != "" {
 		os.Exit(isolate.Run(m))
 	}
@@ -84,10 +91,12 @@ func testLog() *slog.Logger {
 
 // cluster is an API server and the place for one node's agents, one after another.
 type cluster struct {
-	t      testing.TB
-	dir    string
-	admin  kubernetes.Interface
-	asNode kubernetes.Interface
+	t       testing.TB
+	dir     string
+	admin   kubernetes.Interface
+	asNode  kubernetes.Interface
+	ca      *pki.Authority
+	address string // of the API server
 
 	agent *Agent
 	stop  func()
@@ -146,7 +155,7 @@ func newCluster(t testing.TB) *cluster {
 	case err := <-done:
 		t.Fatal("api server:", err)
 	}
-	c := &cluster{t: t, dir: dir, admin: kubernetes.NewForConfigOrDie(s.ClientConfig("admin", "system:masters"))}
+	c := &cluster{t: t, dir: dir, ca: ca, address: "https://" + l.Addr().String(), admin: kubernetes.NewForConfigOrDie(s.ClientConfig("admin", "system:masters"))}
 	cfg := s.ClientConfig("system:node:"+testNode, "system:nodes", "system:authenticated")
 	cfg.QPS = -1
 	c.asNode = kubernetes.NewForConfigOrDie(cfg)
@@ -186,7 +195,7 @@ func (c *cluster) start() {
 	a, err := New(ctx, Config{
 		NodeName: testNode, NodeIPs: []netip.Addr{netip.MustParseAddr(nodeIP)}, Client: c.asNode,
 		DataDir: filepath.Join(c.dir, "data"), RunDir: filepath.Join(c.dir, "run"), LogsDir: filepath.Join(c.dir, "logs"),
-		ImagesDir: filepath.Join(c.dir, "images"), ClusterDNS: []netip.Addr{netip.MustParseAddr("10.43.0.10")},
+		ImagesDir: filepath.Join(c.dir, "images"), StaticPodDir: filepath.Join(c.dir, "manifests"), ClusterDNS: []netip.Addr{netip.MustParseAddr("10.43.0.10")},
 		RuntimeConfig: runtime.Config{ShimPath: filepath.Join(binDir, shim)},
 		Log:           testLog(),
 	})

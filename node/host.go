@@ -21,13 +21,9 @@ import (
 )
 
 // KubeletVersion is what the node says it runs; the part after + is build metadata, so version checks read 1.36.3.
-const KubeletVersion = "v1.36.3+skep"
-
-// What a node keeps back from pods, as kubelet's default eviction thresholds do.
-const (
-	reservedMemory  = 100 << 20
-	reservedStorage = 10 // percent
-)
+//
+// Tests of version skew set another one when they link.
+var KubeletVersion = "v1.36.3+skep"
 
 // hostFacts are what does not change while the agent runs.
 type hostFacts struct {
@@ -38,6 +34,8 @@ type hostFacts struct {
 	bootID  string
 	info    corev1.NodeSystemInfo
 	name    string
+	pids    int64 // processes and threads that the kernel lets there be
+	kept    kept  // from pods
 }
 
 func readHost(dataDir string) (hostFacts, error) {
@@ -61,6 +59,7 @@ func readHost(dataDir string) (hostFacts, error) {
 	if h.name, err = os.Hostname(); err != nil {
 		return h, fmt.Errorf("host name: %w", err)
 	}
+	h.pids = mostPids()
 	machine := line("/etc/machine-id")
 	system := line("/sys/class/dmi/id/product_uuid")
 	if system == "" {
@@ -112,17 +111,6 @@ func (h *hostFacts) capacity(maxPods int) corev1.ResourceList {
 	for name, n := range h.huge {
 		l[name] = *resource.NewQuantity(n, resource.BinarySI)
 	}
-	return l
-}
-
-func (h *hostFacts) allocatable(maxPods int) corev1.ResourceList {
-	l := h.capacity(maxPods)
-	huge := int64(0)
-	for _, n := range h.huge {
-		huge += n
-	}
-	l[corev1.ResourceMemory] = *resource.NewQuantity(max(h.memory-reservedMemory-huge, 0), resource.BinarySI)
-	l[corev1.ResourceEphemeralStorage] = *resource.NewQuantity(h.storage/100*(100-reservedStorage), resource.BinarySI)
 	return l
 }
 

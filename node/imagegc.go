@@ -111,6 +111,11 @@ func usedImages(list []nodert.Image, containers []nodert.Container, pods []*core
 		for i := range p.Spec.EphemeralContainers {
 			add(p.Spec.EphemeralContainers[i].Image)
 		}
+		for i := range p.Spec.Volumes {
+			if v := p.Spec.Volumes[i].Image; v != nil {
+				add(v.Reference)
+			}
+		}
 	}
 	delete(names, "") // the container that holds a PID namespace has no image
 	used := map[string]bool{}
@@ -123,7 +128,8 @@ func usedImages(list []nodert.Image, containers []nodert.Container, pods []*core
 }
 
 // collectImages looks at the images, and removes some if the disk is too full. What cannot be helped becomes an event.
-func (l *statusLoop) collectImages(ctx context.Context, capacity, available int64) error {
+// With all it removes what it may, whatever the thresholds say: pods would have to go instead.
+func (l *statusLoop) collectImages(ctx context.Context, capacity, available int64, all bool) error {
 	set := l.a.Pods()
 	if set == nil {
 		return nil // it is not known yet what is in use
@@ -141,6 +147,9 @@ func (l *statusLoop) collectImages(ctx context.Context, capacity, available int6
 	used := usedImages(list, containers, set.Pods())
 	l.images.look(list, used, now)
 	excess := l.images.excess(capacity, available)
+	if all {
+		excess = capacity
+	}
 	if excess == 0 {
 		return nil
 	}

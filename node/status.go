@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -22,6 +21,8 @@ import (
 	"k8s.io/client-go/tools/record"
 	"k8s.io/component-helpers/apimachinery/lease"
 	nodeutil "k8s.io/component-helpers/node/util"
+	"k8s.io/component-helpers/nodedeclaredfeatures/features/inplacepodresize"
+	v1helper "k8s.io/kubernetes/pkg/apis/core/v1/helper"
 	"k8s.io/utils/clock"
 
 	"skep.io/skep/api"
@@ -33,8 +34,10 @@ const (
 	heartbeat = 5 * time.Minute
 	// checkPressure is how often memory, disk and processes are looked at: nothing tells when they run short.
 	checkPressure = 10 * time.Second
-	leaseDuration = 40 // seconds
-	leaseRenewal  = 10 * time.Second
+	// leaseLife is how long a node may be silent (kubelet: nodeLeaseDurationSeconds), leaseShare which part of it passes
+	// between two signs.
+	leaseLife  = 40 * time.Second
+	leaseShare = 4
 	// maxImages is how many images status lists (kubelet: nodeStatusMaxImages).
 	maxImages = 50
 )
@@ -58,13 +61,17 @@ type facts struct {
 // nodeStatus says what the API should show of the node. It starts from old, which others write too.
 func nodeStatus(old corev1.NodeStatus, f facts) corev1.NodeStatus {
 	s := *old.DeepCopy()
+	others := extended(s.Capacity)
 	s.Capacity, s.Allocatable = f.host.capacity(f.maxPods), f.host.allocatable(f.maxPods)
+	maps.Copy(s.Capacity, others)
+	maps.Copy(s.Allocatable, others)
 	s.Addresses = nil
 	for _, a := range f.addresses {
 		s.Addresses = append(s.Addresses, corev1.NodeAddress{Type: corev1.NodeInternalIP, Address: a})
 	}
 	s.Addresses = append(s.Addresses, corev1.NodeAddress{Type: corev1.NodeHostName, Address: f.host.name})
 	s.NodeInfo = f.host.info
+	s.DeclaredFeatures = declaredFeatures()
 	s.DaemonEndpoints.KubeletEndpoint.Port = int32(f.port)
 	s.Images = shownImages(f.images)
 	set := func(t corev1.NodeConditionType, on bool, reason, message string) {
@@ -107,6 +114,18 @@ func nodeStatus(old corev1.NodeStatus, f facts) corev1.NodeStatus {
 		[2]string{"KubeletNotReady", f.notReady})
 	set(corev1.NodeReady, on, reason, message)
 	return s
+}
+
+// extended are the resources that others say the node has, an administrator for example. Pods may have all of them.
+// (https://kubernetes.io/docs/tasks/administer-cluster/extended-resource-node/)
+func extended(list corev1.ResourceList) corev1.ResourceList {
+	out := corev1.ResourceList{}
+	for name, q := range list {
+		if v1helper.IsExtendedResourceName(name) {
+			out[name] = q
+		}
+	}
+	return out
 }
 
 // shownImages are the biggest ones.
@@ -207,6 +226,7 @@ type statusLoop struct {
 	netErr   error // why the network is not ready
 	netReady bool
 	pressure pressure
+	ending   bool // the machine is about to be shut down
 
 	images *imageCollector // the loop's alone
 	full   bool            // it was said that no image could be removed
@@ -224,11 +244,14 @@ func (l *statusLoop) changed() {
 	}
 }
 
-// seen takes in the Node as the API has it.
+// seen takes in the Node as the API has it. Where somebody gave it a resource, or took one away, pods are told.
 func (l *statusLoop) seen(n *corev1.Node) {
 	l.mu.Lock()
 	l.node, l.gone = n, false
 	l.mu.Unlock()
+	if !equality.Semantic.DeepEqual(extended(n.Status.Capacity), extended(n.Status.Allocatable)) {
+		l.changed()
+	}
 }
 
 // current is the Node as the API has it; nil before it is registered.
@@ -271,6 +294,8 @@ func (l *statusLoop) facts(ctx context.Context) facts {
 		f.addresses = append(f.addresses, ip.Unmap().String())
 	}
 	switch {
+	case l.ending:
+		f.notReady = "node is shutting down"
 	case err != nil:
 		f.notReady = fmt.Sprintf("container runtime is down: %v", err)
 	case l.netErr != nil:
@@ -288,7 +313,6 @@ func (l *statusLoop) run(ctx context.Context) {
 	retry := time.NewTimer(time.Hour)
 	defer retry.Stop()
 	for {
-		l.measure(ctx)
 		ok := l.write(ctx, &written)
 		if !ok {
 			retry.Reset(time.Second)
@@ -387,33 +411,29 @@ func sameButHeartbeat(a, b corev1.NodeStatus) bool {
 	return equality.Semantic.DeepEqual(x, y)
 }
 
-// Thresholds of pressure, as kubelet's default hard eviction: memory.available<100Mi, nodefs.available<10%, inodesFree<5%.
-func (l *statusLoop) measure(ctx context.Context) {
-	var p pressure
-	if mem, err := memInfo(); err == nil {
-		p.memory = mem["MemAvailable"] < reservedMemory
-	}
-	var st unix.Statfs_t
-	if err := unix.Statfs(l.a.cfg.DataDir, &st); err == nil {
-		p.disk = st.Bavail < st.Blocks/reservedStorage || st.Files > 0 && st.Ffree < st.Files/20
-		if err := l.collectImages(ctx, int64(st.Blocks)*st.Bsize, int64(st.Bavail)*st.Bsize); err != nil && ctx.Err() == nil {
-			l.a.log.Error("collect images that nobody uses", "error", err)
-		}
-	}
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err == nil {
-		if limit := number("/proc/sys/kernel/pid_max"); limit > 0 {
-			p.pids = int64(info.Procs) > limit/100*99
-		}
-	}
+// shutdown says whether the machine is about to be shut down.
+func (l *statusLoop) shutdown(ending bool) {
 	l.mu.Lock()
-	l.pressure = p
+	l.ending = ending
 	l.mu.Unlock()
+	l.changed()
 }
 
-// renewLease says every ten seconds that this node lives.
+// setPressure says what the node is short of now.
+func (l *statusLoop) setPressure(p pressure) {
+	l.mu.Lock()
+	changed := l.pressure != p
+	l.pressure = p
+	l.mu.Unlock()
+	if changed {
+		l.changed()
+	}
+}
+
+// renewLease says four times in a lease's life that this node lives.
 func (a *Agent) renewLease(ctx context.Context) {
-	c := lease.NewController(clock.RealClock{}, a.cfg.Client, a.cfg.NodeName, leaseDuration, nil, leaseRenewal,
+	life := cmp.Or(a.cfg.LeaseLife, leaseLife)
+	c := lease.NewController(clock.RealClock{}, a.cfg.Client, a.cfg.NodeName, int32(life/time.Second), nil, life/leaseShare,
 		a.cfg.NodeName, corev1.NamespaceNodeLease, func(l *coordinationv1.Lease) error {
 			// Deleting the Node takes the lease with it.
 			if len(l.OwnerReferences) > 0 {
@@ -428,4 +448,9 @@ func (a *Agent) renewLease(ctx context.Context) {
 			return nil
 		})
 	c.Run(ctx)
+}
+
+// declaredFeatures are those of what the API allows on nodes that say they can do it, in alphabetical order.
+func declaredFeatures() []string {
+	return []string{inplacepodresize.PodLevelResourcesResizeFeature.Name()}
 }

@@ -24,7 +24,7 @@ export SKEP_SKIPS=$skips
 
 status=0
 # One package after the other where the kernel is shared; Go runs two at a time by default here.
-go test -count=1 -timeout 20m -cover ./... || status=$?
+go test -count=1 -timeout 45m -cover ./... || status=$?
 
 if [ -s "$skips" ]; then
   printf '\nSkipped on this host:\n'

@@ -26,8 +26,33 @@ type AddressPool struct {
 	metav1.TypeMeta   `json:",inline"`
 	metav1.ObjectMeta `json:"metadata,omitempty"`
 
-	Spec AddressPoolSpec `json:"spec"`
+	Spec   AddressPoolSpec   `json:"spec"`
+	Status AddressPoolStatus `json:"status,omitempty"`
 }
+
+// AddressPoolStatus says what is left.
+type AddressPoolStatus struct {
+	// Addresses counts all of them, IPv4 and IPv6 those of one family.
+	Addresses AddressCount  `json:"addresses"`
+	IPv4      *AddressCount `json:"ipv4,omitempty"`
+	IPv6      *AddressCount `json:"ipv6,omitempty"`
+	// Conditions are Ready, Exhausted and Overlapping.
+	Conditions []metav1.Condition `json:"conditions,omitempty"`
+}
+
+// AddressCount is of addresses; what is beyond an int64 counts as the largest one.
+type AddressCount struct {
+	Total int64 `json:"total"`
+	Used  int64 `json:"used"`
+	Free  int64 `json:"free"`
+}
+
+// Conditions of an AddressPool.
+const (
+	PoolReady       = "Ready"       // all that it says makes sense
+	PoolExhausted   = "Exhausted"   // no address of a family that it has is free
+	PoolOverlapping = "Overlapping" // another pool has some of its addresses, too
+)
 
 // AddressPoolSpec says which addresses, and for whom.
 type AddressPoolSpec struct {

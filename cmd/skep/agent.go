@@ -13,6 +13,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/scheme"
@@ -31,11 +32,12 @@ import (
 type access struct {
 	node, ingress kubernetes.Interface
 	informers     informers.SharedInformerFactory
-	ready         <-chan struct{} // closed once the API answers
-	registered    <-chan struct{} // closed once the informers may be started
+	dynamic       dynamic.Interface // for resources that are no Go types of client-go; it only lists and watches
+	ready         <-chan struct{}   // closed once the API answers
+	registered    <-chan struct{}   // closed once the informers may be started
 	// serving is the certificate of the node's API, asked at every handshake.
 	serving  func() (*tls.Certificate, error)
-	clientCA *x509.CertPool
+	clientCA func() *x509.CertPool // asked as often
 	// ingressAddresses go into the status of Ingresses; nil where another node writes them.
 	ingressAddresses func() []netip.Addr
 }
@@ -62,8 +64,8 @@ func (a *agent) start(ctx context.Context) error {
 	a.dataplane, err = dataplane.New(ctx, dataplane.Config{
 		NodeName: a.nodeName, NodeIPs: a.nodeIPs,
 		ClusterCIDRs: a.cluster.clusterCIDRs, ServiceCIDRs: a.cluster.serviceCIDRs, ClusterDNS: a.cluster.clusterDNS,
-		Routing:    a.cluster.routing,
-		CgroupPath: cgroup2, Informers: a.access.informers, Events: a.nodeEvents(ctx), Log: a.log.With("part", "dataplane"), Metrics: a.metrics,
+		Routing: a.cluster.routing, NodePortMode: a.cluster.nodePortMode, XDP: a.xdp, ConntrackMax: a.conntrackMax,
+		CgroupPath: cgroup2, Informers: a.access.informers, Dynamic: a.access.dynamic, Events: a.nodeEvents(ctx), Log: a.log.With("part", "dataplane"), Metrics: a.metrics,
 	})
 	if err != nil {
 		return err
@@ -99,6 +101,9 @@ func (a *agent) parts() []part {
 			})
 		}),
 		once(a.access.ready, "node", a.node.Run),
+		{"node's control socket", func(ctx context.Context) error {
+			return serveControl(ctx, nodeSocket, shutdownOrders(a.node), a.log.With("part", "control"))
+		}},
 	}
 }
 
@@ -110,9 +115,10 @@ func (a *agent) newNode(ctx context.Context) (*node.Agent, error) {
 	}
 	return node.New(ctx, node.Config{
 		NodeName: a.nodeName, NodeIPs: a.nodeIPs, Client: a.access.node, Informers: a.access.informers,
-		DataDir: a.dataDir, ImagesDir: a.imagesDir, ClusterDNS: a.cluster.clusterDNS, ClusterDomain: a.cluster.clusterDomain,
-		Network: a.dataplane, MTU: mtu, RuntimeConfig: runtime.Config{ContainerdAddress: a.containerdAddress},
-		UnsafeSysctls: a.unsafeSysctls, ImageGC: a.imageGC, ServeAPI: a.serveNodeAPI, Log: a.log.With("part", "node"), Metrics: a.metrics,
+		DataDir: a.dataDir, ImagesDir: a.imagesDir, StaticPodDir: a.staticPodDir, ClusterDNS: a.cluster.clusterDNS, ClusterDomain: a.cluster.clusterDomain,
+		Network: a.dataplane, MTU: mtu, RuntimeConfig: runtime.Config{ContainerdAddress: a.containerdAddress, RegistryConfigDir: a.registryConfigDir},
+		UnsafeSysctls: a.unsafeSysctls, LeaseLife: a.cluster.nodeGrace, ImageGC: a.imageGC, Eviction: a.eviction, ServeAPI: a.serveNodeAPI, Log: a.log.With("part", "node"), Metrics: a.metrics,
+		KubeReserved: a.kubeReserved, SystemReserved: a.systemReserved, PodMaxPids: a.podMaxPids, Shutdown: a.shutdown,
 	})
 }
 

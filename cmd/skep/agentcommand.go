@@ -7,20 +7,30 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/cli-runtime/pkg/genericiooptions"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
 
 	"skep.io/skep/api"
+	"skep.io/skep/node"
 	"skep.io/skep/node/join"
 )
 
@@ -53,26 +63,12 @@ func (o *agentOptions) complete(h host, readFile func(string) ([]byte, error)) (
 	bad := func(flag, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("--%s: %w", flag, fmt.Errorf(format, args...)))
 	}
-	s := agentSettings{nodeSettings: o.nodeOptions.complete(h, bad), host: h, token: o.token}
+	s := agentSettings{nodeSettings: o.nodeOptions.complete(h, bad), host: h}
 	var err error
 	if s.server, err = serverURL(o.server); err != nil {
 		bad("server", "%w", err)
 	}
-	if o.tokenFile != "" {
-		if o.token != "" {
-			bad("token-file", "give either this or --token")
-		}
-		b, err := readFile(o.tokenFile)
-		if err != nil {
-			bad("token-file", "%w", err)
-		}
-		s.token = firstField(string(b))
-	}
-	if s.token != "" {
-		if _, err := join.ParseToken(s.token); err != nil {
-			bad("token", "%w", err)
-		}
-	}
+	s.token = readToken(o.token, o.tokenFile, readFile, bad)
 	return s, errors.Join(errs...)
 }
 
@@ -124,15 +120,22 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	if _, err := os.Stat(filepath.Join(s.dataDir, "server")); err == nil {
 		return fmt.Errorf("%s is a server's: this machine runs `skep server`, which is a node, too; `skep reset` takes it off", s.dataDir)
 	}
+	if err := checkFormat(s.dataDir); err != nil {
+		return err
+	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
 	identity, err := join.Join(ctx, join.Config{
 		Server: s.server, Token: s.token, NodeName: s.nodeName, NodeIPs: s.nodeIPs,
 		Dir: filepath.Join(s.dataDir, "agent"), UserAgent: "skep/" + skepVersion, Log: log.With("part", "join"),
+		Fits: func(server string) error { return checkSkew(node.KubeletVersion, server) },
 	})
 	if err != nil {
 		return untilStopped(ctx, err)
+	}
+	if err := writeFormat(s.dataDir); err != nil {
+		return err
 	}
 	pace := newPacer(log)
 	config := identity.ClientConfig()
@@ -141,9 +144,16 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	resources, err := dynamic.NewForConfig(config)
+	if err != nil {
+		return err
+	}
 	cluster, err := learnCluster(ctx, client, filepath.Join(s.dataDir, "agent", "cluster.json"), s.host.hasIPv6, log)
 	if err != nil {
 		return untilStopped(ctx, err)
+	}
+	if err := cluster.conflicts(s.host.networks); err != nil {
+		return err
 	}
 	registry := prometheus.NewRegistry()
 	shared := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(dropManagedFields))
@@ -152,12 +162,18 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	a := &agent{
 		nodeSettings: s.nodeSettings, cluster: cluster,
 		access: access{
-			node: client, ingress: client, informers: shared, ready: now, registered: now,
-			serving: identity.Serving, clientCA: identity.ClientCA(),
+			node: client, ingress: client, informers: shared, dynamic: resources, ready: now, registered: now,
+			serving: identity.Serving, clientCA: identity.ClientCA,
 		},
 		log: log, metrics: registry, gatherer: registry,
 	}
 	if err := a.start(ctx); err != nil {
+		return err
+	}
+	if err := followServers(shared, identity, log); err != nil {
+		return err
+	}
+	if err := followAuthorities(ctx, client, identity, log); err != nil {
 		return err
 	}
 	log.Info("starting", "node", s.nodeName, "server", s.server.String(), "version", skepVersion, "data", s.dataDir)
@@ -167,6 +183,63 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 		part{"pacer", pace.run},
 		part{"settle", func(ctx context.Context) error { settle(ctx, log); return nil }},
 	))
+}
+
+// followServers keeps the list of servers as the Service "kubernetes" has it.
+func followServers(factory informers.SharedInformerFactory, identity *join.Identity, log *slog.Logger) error {
+	learn := func(object any) {
+		slice, ok := object.(*discoveryv1.EndpointSlice)
+		if !ok || slice.Namespace != metav1.NamespaceDefault || slice.Name != "kubernetes" {
+			return
+		}
+		if err := identity.LearnServers(serversOf(slice)); err != nil {
+			log.Error("keep the list of servers", "error", err)
+		}
+	}
+	_, err := factory.Discovery().V1().EndpointSlices().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: learn, UpdateFunc: func(_, now any) { learn(now) },
+	})
+	return err
+}
+
+// followAuthorities keeps the list of certificate authorities as the servers tell it.
+func followAuthorities(ctx context.Context, client kubernetes.Interface, identity *join.Identity, log *slog.Logger) error {
+	one := informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithNamespace(metav1.NamespaceSystem),
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.FieldSelector = fields.OneTermEqualSelector(metav1.ObjectNameField, api.ClusterConfigMap).String()
+		}))
+	learn := func(object any) {
+		// Servers of before this key do not tell it.
+		config, ok := object.(*corev1.ConfigMap)
+		if !ok || config.Data[api.AuthoritiesKey] == "" {
+			return
+		}
+		if err := identity.LearnAuthorities(config.Data[api.AuthoritiesKey]); err != nil {
+			log.Error("keep the list of certificate authorities", "error", err)
+		}
+	}
+	_, err := one.Core().V1().ConfigMaps().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc: learn, UpdateFunc: func(_, now any) { learn(now) },
+	})
+	one.StartWithContext(ctx)
+	return err
+}
+
+// serversOf are the addresses in a slice, as HOST:PORT, in order.
+func serversOf(slice *discoveryv1.EndpointSlice) []string {
+	var out []string
+	for _, port := range slice.Ports {
+		if port.Port == nil || port.Name == nil || *port.Name != "https" {
+			continue
+		}
+		for _, e := range slice.Endpoints {
+			for _, address := range e.Addresses {
+				out = append(out, net.JoinHostPort(address, strconv.Itoa(int(*port.Port))))
+			}
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 // untilStopped is nil if err only tells that ctx has ended.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"reflect"
 	"strings"
@@ -14,12 +15,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/rest"
 
+	"skep.io/skep/api"
 	"skep.io/skep/node/join"
 )
 
 // What a server publishes is what an agent learns.
 func TestClusterSettingsRoundTrip(t *testing.T) {
-	s, err := parsed(t, "--cluster-domain=c.test", "--service-node-port-range=31000-31999", "--ingress-http-port=8080").complete(dualHost)
+	s, err := parsed(t, "--cluster-domain=c.test", "--service-node-port-range=31000-31999", "--ingress-http-port=8080", "--node-monitor-grace-period=12s").complete(dualHost)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,6 +31,11 @@ func TestClusterSettingsRoundTrip(t *testing.T) {
 	}
 	if got, err = clusterFrom(s.data(), false); err != nil || len(got.clusterCIDRs) != 1 || len(got.clusterDNS) != 1 {
 		t.Errorf("on a host without IPv6: %+v, %v", got, err)
+	}
+	before := s.data()
+	delete(before, "node-monitor-grace-period")
+	if got, err = clusterFrom(before, true); err != nil || got.nodeGrace != 40*time.Second {
+		t.Errorf("from a server that does not tell of grace: %s, %v", got.nodeGrace, err)
 	}
 	for key := range s.data() {
 		bad := s.data()
@@ -49,6 +56,24 @@ func TestVersionSkew(t *testing.T) {
 	} {
 		if err := checkSkew(c.agent, c.server); (err == nil) != c.fits || err != nil && !errors.Is(err, errVersionSkew) {
 			t.Errorf("agent %s, server %s: %v", c.agent, c.server, err)
+		}
+	}
+}
+
+// Ranges of pods and services are nobody else's.
+func TestNetworkConflicts(t *testing.T) {
+	c := clusterSettings{
+		clusterCIDRs: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd73::/48")},
+		serviceCIDRs: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")},
+	}
+	for network, says := range map[string]string{
+		"192.0.2.0/24": "", "10.41.0.0/16": "", "fe80::/64": "", "2001:db8::/32": "",
+		"10.42.7.0/24": "--cluster-cidr 10.42.0.0/16 overlaps the network 10.42.7.0/24 of this machine's eth0",
+		"10.0.0.0/8":   "--service-cluster-ip-range 10.43.0.0/16 overlaps", "fd73::/64": "--cluster-cidr fd73::/48 overlaps",
+	} {
+		err := c.conflicts([]hostNetwork{{"eth0", netip.MustParsePrefix(network)}})
+		if (err == nil) != (says == "") || err != nil && !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %q", network, err, says)
 		}
 	}
 }
@@ -91,8 +116,9 @@ func TestAgentOptions(t *testing.T) {
 func TestTokenList(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	var secrets []corev1.Secret
+	groups := map[bool]string{true: api.ServerBootstrapGroup, false: api.BootstrapGroup}
 	for id, ttl := range map[string]time.Duration{"cccccc": -time.Minute, "aaaaaa": 2 * time.Hour, "bbbbbb": 0} {
-		s := tokenSecret(join.Token{ID: id, Secret: "ssssssssssssssss"}, max(ttl, 0), "for "+id, now)
+		s := tokenSecret(join.Token{ID: id, Secret: "ssssssssssssssss"}, groups[ttl == 0], max(ttl, 0), "for "+id, now)
 		if ttl < 0 {
 			s.StringData["expiration"] = now.Add(ttl).Format(time.RFC3339)
 		}
@@ -107,10 +133,10 @@ func TestTokenList(t *testing.T) {
 	if err := printTokens(&out, secrets, now); err != nil {
 		t.Fatal(err)
 	}
-	want := `ID       EXPIRES IN   AGE   DESCRIPTION
-aaaaaa   120m         60m   for aaaaaa
-bbbbbb   never        60m   for bbbbbb
-cccccc   expired      60m   for cccccc
+	want := `ID       FOR       EXPIRES IN   AGE   DESCRIPTION
+aaaaaa   agents    120m         60m   for aaaaaa
+bbbbbb   servers   never        60m   for bbbbbb
+cccccc   agents    expired      60m   for cccccc
 `
 	if out.String() != want {
 		t.Errorf("got\n%s", out.String())

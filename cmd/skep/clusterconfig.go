@@ -23,21 +23,25 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/version"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/util/retry"
 
 	"skep.io/skep/api"
+	"skep.io/skep/controlplane/controllers/nodelifecycle"
 	"skep.io/skep/node"
 )
 
 // data is what a server tells its nodes, by the names of the server's flags.
 func (c clusterSettings) data() map[string]string {
 	return map[string]string{
-		"cluster-cidr":             joinPrefixes(c.clusterCIDRs),
-		"service-cluster-ip-range": joinPrefixes(c.serviceCIDRs),
-		"service-node-port-range":  c.nodePortRange.String(),
-		"cluster-domain":           c.clusterDomain,
-		"routing":                  string(c.routing),
-		"ingress-http-port":        strconv.Itoa(int(c.ingressHTTPPort)),
-		"ingress-https-port":       strconv.Itoa(int(c.ingressHTTPSPort)),
+		"cluster-cidr":              joinPrefixes(c.clusterCIDRs),
+		"service-cluster-ip-range":  joinPrefixes(c.serviceCIDRs),
+		"service-node-port-range":   c.nodePortRange.String(),
+		"cluster-domain":            c.clusterDomain,
+		"routing":                   string(c.routing),
+		"nodeport-mode":             string(c.nodePortMode),
+		"node-monitor-grace-period": c.nodeGrace.String(),
+		"ingress-http-port":         strconv.Itoa(int(c.ingressHTTPPort)),
+		"ingress-https-port":        strconv.Itoa(int(c.ingressHTTPSPort)),
 	}
 }
 
@@ -54,37 +58,58 @@ func clusterFrom(data map[string]string, hasIPv6 bool) (clusterSettings, error) 
 	var o serverOptions
 	for key, target := range map[string]*string{
 		"cluster-cidr": &o.clusterCIDR, "service-cluster-ip-range": &o.serviceCIDR,
-		"service-node-port-range": &o.nodePortRange, "cluster-domain": &o.clusterDomain, "routing": &o.routing,
+		"service-node-port-range": &o.nodePortRange, "cluster-domain": &o.clusterDomain, "routing": &o.routing, "nodeport-mode": &o.nodePortMode,
 	} {
 		*target = data[key]
 	}
-	var errs [2]error
+	var errs [3]error
+	// Servers of before this setting do not tell it.
+	if o.nodeGrace = nodelifecycle.DefaultTiming.Grace; data["node-monitor-grace-period"] != "" {
+		o.nodeGrace, errs[2] = time.ParseDuration(data["node-monitor-grace-period"])
+	}
 	o.ingressHTTPPort, errs[0] = strconv.Atoi(data["ingress-http-port"])
 	o.ingressHTTPSPort, errs[1] = strconv.Atoi(data["ingress-https-port"])
 	s, err := o.cluster(hasIPv6)
-	if err = errors.Join(errs[0], errs[1], err); err != nil {
+	if err = errors.Join(errs[0], errs[1], errs[2], err); err != nil {
 		return s, fmt.Errorf("ConfigMap %s/%s, which the server writes: %w", metav1.NamespaceSystem, api.ClusterConfigMap, err)
 	}
 	return s, nil
 }
 
-// publishCluster tells nodes what they have to agree on.
-func publishCluster(ctx context.Context, client kubernetes.Interface, c clusterSettings) error {
+// publishCluster tells nodes what they have to agree on; what others tell under other keys stays.
+func publishCluster(ctx context.Context, client kubernetes.Interface, data map[string]string) error {
 	configMaps := client.CoreV1().ConfigMaps(metav1.NamespaceSystem)
-	want := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: api.ClusterConfigMap}, Data: c.data()}
-	have, err := configMaps.Get(ctx, want.Name, metav1.GetOptions{})
-	switch {
-	case apierrors.IsNotFound(err):
-		_, err = configMaps.Create(ctx, want, metav1.CreateOptions{})
-	case err == nil && !maps.Equal(have.Data, want.Data):
-		have = have.DeepCopy()
-		have.Data = want.Data
+	another := func(err error) bool { return apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err) }
+	err := retry.OnError(retry.DefaultRetry, another, func() error {
+		have, err := configMaps.Get(ctx, api.ClusterConfigMap, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			_, err = configMaps.Create(ctx, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: api.ClusterConfigMap}, Data: data}, metav1.CreateOptions{})
+			return err
+		}
+		if err != nil {
+			return err
+		}
+		want := maps.Clone(have.Data)
+		if want == nil {
+			want = map[string]string{}
+		}
+		maps.Copy(want, data)
+		if maps.Equal(have.Data, want) {
+			return nil
+		}
+		have.Data = want
 		_, err = configMaps.Update(ctx, have, metav1.UpdateOptions{})
-	}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("tell nodes the cluster's settings: %w", err)
 	}
 	return nil
+}
+
+// publishAuthorities tells nodes whom to trust.
+func publishAuthorities(ctx context.Context, client kubernetes.Interface, authorities []byte) error {
+	return publishCluster(ctx, client, map[string]string{api.AuthoritiesKey: string(authorities)})
 }
 
 // learnCluster asks the server what this node has to agree on. If it does not answer but has before,

@@ -50,6 +50,9 @@ func sortedKeys(m map[string]any) []string {
 	return keys
 }
 
+// pairs is the type of flags that are given once for each KEY=VALUE.
+const pairs = "mapStringString"
+
 // setFlag gives flag a value of the YAML file: a scalar, or a list of scalars where the flag takes several.
 func setFlag(flag *pflag.Flag, value any) error {
 	list, isList := value.([]any)
@@ -61,6 +64,12 @@ func setFlag(flag *pflag.Flag, value any) error {
 			items[i] = fmt.Sprint(item)
 		}
 		return several.Replace(items)
+	case isList && flag.Value.Type() == pairs:
+		var errs []error
+		for _, item := range list {
+			errs = append(errs, flag.Value.Set(fmt.Sprint(item)))
+		}
+		return errors.Join(errs...)
 	case isList:
 		items := make([]string, len(list))
 		for i, item := range list {

@@ -144,10 +144,14 @@ func install(ctx context.Context, p places, role string, given *pflag.FlagSet, s
 	return systemctl(ctx, steps)
 }
 
-// givenFlags are the flags that were set, as the YAML file names them.
+// givenFlags are the flags that were set, as the YAML file names them. Not Visit, which knows only what this
+// very set has parsed: the command's own set parses these flags.
 func givenFlags(flags *pflag.FlagSet) map[string]any {
 	values := map[string]any{}
-	flags.Visit(func(f *pflag.Flag) {
+	flags.VisitAll(func(f *pflag.Flag) {
+		if !f.Changed {
+			return
+		}
 		if list, ok := f.Value.(pflag.SliceValue); ok {
 			values[f.Name] = list.GetSlice()
 			return

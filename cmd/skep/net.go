@@ -46,6 +46,7 @@ type table[T any] struct {
 	namespaces   func(*T) []string
 	peers        func(*T) []*flows.Peer
 	rows         func(v *T, wide bool) []string
+	summary      func(inspect.Health) string // a last line of each node; nil: none
 }
 
 func netVerb[T any](streams genericiooptions.IOStreams, name, short string, aliases []string, t table[T]) *cobra.Command {
@@ -123,7 +124,19 @@ func (t *table[T]) show(ctx context.Context, out io.Writer, client kubernetes.In
 			return fail("%w", err)
 		}
 	}
-	return w.Flush()
+	if err := w.Flush(); err != nil || t.summary == nil || output == "json" {
+		return err
+	}
+	for _, n := range nodes {
+		err := askNode(ctx, client, n, "health", nil, func(h inspect.Health) error {
+			_, err := fmt.Fprintf(out, "\n%s: %s\n", n, t.summary(h))
+			return err
+		})
+		if err != nil {
+			return fail("%w", err)
+		}
+	}
+	return nil
 }
 
 func orNone(s string) string {
@@ -146,7 +159,7 @@ func listed[T fmt.Stringer](list []T, limit int) string {
 }
 
 var frontendTable = table[inspect.Frontend]{
-	header: "NAMESPACE\tSERVICE\tADDRESS\tPROTOCOL\tSCOPE\tBACKENDS", wide: "\tAFFINITY\tPOLICY\tID\tGENERATION",
+	header: "NAMESPACE\tSERVICE\tADDRESS\tPROTOCOL\tSCOPE\tBACKENDS", wide: "\tALGORITHM\tAFFINITY\tPOLICY\tID\tGENERATION",
 	namespaces: func(f *inspect.Frontend) []string { return []string{f.Namespace} },
 	peers:      func(*inspect.Frontend) []*flows.Peer { return nil },
 	rows: func(f *inspect.Frontend, wide bool) []string {
@@ -167,7 +180,7 @@ var frontendTable = table[inspect.Frontend]{
 			if f.LocalOnly {
 				policy = "Local"
 			}
-			row += fmt.Sprintf("\t%s\t%s\t%d\t%d", affinity, policy, f.ID, f.Generation)
+			row += fmt.Sprintf("\t%s\t%s\t%s\t%d\t%d", f.Algorithm, affinity, policy, f.ID, f.Generation)
 		}
 		return []string{row}
 	},
@@ -218,7 +231,7 @@ var endpointTable = table[inspect.Endpoint]{
 }
 
 var policyTable = table[inspect.PolicySet]{
-	header: "NAMESPACE\tPOD\tDIRECTION\tPOLICIES\tPEER\tPROTOCOL\tPORTS", wide: "\tDROPS\tSET",
+	header: "NAMESPACE\tPOD\tDIRECTION\tPOLICIES\tPEER\tPROTOCOL\tPORTS\tVERDICT", wide: "\tDROPS\tSET",
 	namespaces: func(s *inspect.PolicySet) []string { return []string{s.Namespace} },
 	peers: func(s *inspect.PolicySet) (out []*flows.Peer) {
 		for i := range s.Rules {
@@ -229,8 +242,8 @@ var policyTable = table[inspect.PolicySet]{
 		return out
 	},
 	rows: func(s *inspect.PolicySet, wide bool) []string {
-		row := func(policies, peer, protocol, ports string) string {
-			r := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s", orNone(s.Namespace), orNone(s.Pod), s.Direction, policies, peer, protocol, ports)
+		row := func(policies, peer, protocol, ports, verdict string) string {
+			r := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s", orNone(s.Namespace), orNone(s.Pod), s.Direction, policies, peer, protocol, ports, verdict)
 			if wide {
 				r += fmt.Sprintf("\t%d\t%#x", s.Drops, s.Set)
 			}
@@ -239,16 +252,16 @@ var policyTable = table[inspect.PolicySet]{
 		policies := orNone(strings.Join(s.Policies, ","))
 		switch {
 		case s.State == inspect.Open:
-			return []string{row("<none>", "anybody", "any", "all")}
+			return []string{row("<none>", "anybody", "any", "all", "allow")}
 		case s.State == inspect.Closed:
-			return []string{row(policies, "nobody ("+s.Why+")", "", "")}
+			return []string{row(policies, "nobody ("+s.Why+")", "", "", "")}
 		case len(s.Rules) == 0:
-			return []string{row(policies, "nobody", "", "")}
+			return []string{row(policies, "nobody", "", "", "")}
 		}
 		var out []string
 		for i := range s.Rules {
 			r := &s.Rules[i]
-			out = append(out, row(policies, rulePeers(r), r.Protocol, rulePorts(r)))
+			out = append(out, row(policies, rulePeers(r), r.Protocol, rulePorts(r), r.Verdict))
 		}
 		return out
 	},
@@ -285,7 +298,8 @@ func rulePorts(r *inspect.Rule) string {
 }
 
 var connectionTable = table[inspect.Connection]{
-	header: "PROTOCOL\tSOURCE\tDESTINATION\tSERVICE\tSTATE\tIDLE", wide: "\tTRANSLATED TO\tFROM",
+	summary: inspect.Health.Connections,
+	header:  "PROTOCOL\tSOURCE\tDESTINATION\tSERVICE\tSTATE\tIDLE", wide: "\tTRANSLATED TO\tFROM",
 	namespaces: func(c *inspect.Connection) []string {
 		return []string{c.Source.Namespace, c.Destination.Namespace, c.Namespace}
 	},

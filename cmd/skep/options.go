@@ -8,12 +8,17 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/spf13/pflag"
 	utilnet "k8s.io/apimachinery/pkg/util/net"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"skep.io/skep/api"
+	"skep.io/skep/controlplane/apiserver"
+	"skep.io/skep/controlplane/controllers/nodelifecycle"
+	"skep.io/skep/controlplane/scheduler"
+	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/dataplane/network"
 )
 
@@ -32,10 +37,23 @@ type serverOptions struct {
 	ingressHTTPPort  int
 	ingressHTTPSPort int
 	routing          string
+	nodeGrace        time.Duration
+	nodePortMode     string
+	access           *apiserver.Access
+	secretsEncrypted bool
+	schedulerConfig  string
+	snapshots        snapshotOptions
+	servers          serversOptions
 }
 
 func (o *serverOptions) addFlags(f *pflag.FlagSet) {
 	o.nodeOptions.addFlags(f, api.ServerConfigPath)
+	o.snapshots.addFlags(f)
+	o.servers.addFlags(f)
+	o.access = apiserver.NewAccess()
+	o.access.AddFlags(f)
+	f.BoolVar(&o.secretsEncrypted, "secrets-encryption", false, "Encrypt Secrets in the store, with keys that skep makes and keeps in DATA-DIR/server/tls/encryption.key; `skep secrets rotate` encrypts those that are there, and changes the key")
+	f.StringVar(&o.schedulerConfig, "scheduler-config", "", "File with a KubeSchedulerConfiguration: the scheduler's profiles, which scores count how much in each (default: one profile, Kubernetes' weights)")
 	f.StringVar(&o.bindAddress, "bind-address", "::", "Address on which the API is served")
 	f.IntVar(&o.securePort, "secure-port", api.DefaultAPIPort, "Port on which the API is served")
 	f.StringVar(&o.advertiseAddress, "advertise-address", "", "Address under which other machines reach the API (default: the node's first address)")
@@ -45,6 +63,8 @@ func (o *serverOptions) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&o.nodePortRange, "service-node-port-range", "30000-32767", "Ports that services of type NodePort may get")
 	f.StringVar(&o.clusterDomain, "cluster-domain", api.DefaultClusterDomain, "Domain of the cluster's names")
 	f.StringVar(&o.writeKubeconfig, "write-kubeconfig", api.KubeconfigPath, "Where the administrator's client configuration is written, mode 0600")
+	f.DurationVar(&o.nodeGrace, "node-monitor-grace-period", nodelifecycle.DefaultTiming.Grace, "How long a node may be silent until it counts as dead; nodes give a sign four times as often")
+	f.StringVar(&o.nodePortMode, "nodeport-mode", string(loader.SNAT), "Who answers a connection from outside that a node hands on to another: snat, the node that was asked; dsr, the backend's node itself; hybrid, dsr for TCP and snat for UDP")
 	f.StringVar(&o.routing, "routing", string(network.VXLAN), "How nodes reach each other's pods: vxlan, on every network; direct, where all nodes are on one link")
 	f.IntVar(&o.ingressHTTPPort, "ingress-http-port", 80, "Port of every node on which the ingress answers HTTP")
 	f.IntVar(&o.ingressHTTPSPort, "ingress-https-port", 443, "Port of every node on which the ingress answers HTTPS")
@@ -59,6 +79,13 @@ type serverSettings struct {
 	advertiseAddress net.IP
 	tlsSANs          []string
 	kubeconfigPath   string
+	access           *apiserver.Access
+	secretsEncrypted bool
+	profiles         scheduler.Profiles
+	snapshots        snapshotSettings
+	servers          serversSettings
+	hasIPv6          bool
+	networks         []hostNetwork
 }
 
 // complete checks every option and derives what was not given. It reports all mistakes at once.
@@ -67,8 +94,22 @@ func (o *serverOptions) complete(h host) (serverSettings, error) {
 	bad := func(flag, format string, args ...any) {
 		errs = append(errs, fmt.Errorf("--%s: %w", flag, fmt.Errorf(format, args...)))
 	}
-	s := serverSettings{kubeconfigPath: o.writeKubeconfig, tlsSANs: o.tlsSANs}
+	s := serverSettings{kubeconfigPath: o.writeKubeconfig, tlsSANs: o.tlsSANs, hasIPv6: h.hasIPv6, networks: h.networks, access: o.access, secretsEncrypted: o.secretsEncrypted}
 	s.nodeSettings = o.nodeOptions.complete(h, bad)
+	s.snapshots = o.snapshots.complete(s.dataDir, bad)
+	s.servers = o.servers.complete(bad)
+	if err := o.access.Validate(); err != nil {
+		errs = append(errs, err)
+	}
+	if o.secretsEncrypted && o.access.EncryptionConfig != "" {
+		bad("secrets-encryption", "give either this, for keys that skep makes, or --encryption-provider-config")
+	}
+	if o.schedulerConfig != "" {
+		var err error
+		if s.profiles, err = scheduler.LoadProfiles(o.schedulerConfig); err != nil {
+			bad("scheduler-config", "%w", err)
+		}
+	}
 	if s.bindAddress = net.ParseIP(o.bindAddress); s.bindAddress == nil {
 		bad("bind-address", "%q is not an IP address", o.bindAddress)
 	} else if s.bindAddress.Equal(net.IPv6unspecified) && !h.hasIPv6 {
@@ -116,7 +157,14 @@ func (o *serverOptions) cluster(hasIPv6 bool) (clusterSettings, error) {
 		s.nodePortRange = *r
 	}
 
+	if s.nodeGrace = o.nodeGrace; s.nodeGrace < minNodeGrace || s.nodeGrace%time.Second != 0 {
+		bad("node-monitor-grace-period", "%s is not possible: give whole seconds, at least %s", s.nodeGrace, minNodeGrace)
+	}
+
 	var err error
+	if s.nodePortMode, err = loader.ParseNodePortMode(o.nodePortMode); err != nil {
+		bad("nodeport-mode", "%w", err)
+	}
 	if s.routing, err = network.ParseRouting(o.routing); err != nil {
 		bad("routing", "%w", err)
 	}
@@ -136,6 +184,10 @@ func (o *serverOptions) cluster(hasIPv6 bool) (clusterSettings, error) {
 	}
 	return s, errors.Join(errs...)
 }
+
+// minNodeGrace is how short a node may be silent at least: a server that fails takes longer to be replaced than what is
+// shorter, and would take all nodes with it.
+const minNodeGrace = 8 * time.Second
 
 func validPort(p int) bool { return p > 0 && p < 1<<16 }
 

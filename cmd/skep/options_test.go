@@ -62,6 +62,9 @@ func TestMistakesAreNamed(t *testing.T) {
 		{[]string{"--node-name=Not Good"}, "--node-name"},
 		{[]string{"--node-ip=nonsense"}, `"nonsense" is not an IP address`},
 		{[]string{"--cluster-cidr=10.42.0.0/99"}, "--cluster-cidr"},
+		{[]string{"--xdp=on"}, "none of auto, native, generic and off"},
+		{[]string{"--conntrack-max=7"}, "--conntrack-max: 7 is not between 1024 and 4194304"},
+		{[]string{"--nodeport-mode=nat"}, "none of snat, dsr and hybrid"},
 		{[]string{"--cluster-cidr=10.42.0.1/16"}, "did you mean 10.42.0.0/16?"},
 		{[]string{"--cluster-cidr=10.42.0.0/30"}, "too small"},
 		{[]string{"--cluster-cidr=10.42.0.0/16,10.44.0.0/16"}, "more than one range of a family"},
@@ -71,6 +74,18 @@ func TestMistakesAreNamed(t *testing.T) {
 		{[]string{"--bind-address=here"}, "--bind-address"},
 		{[]string{"--advertise-address=there"}, "--advertise-address"},
 		{[]string{"--cluster-domain=-"}, "--cluster-domain"},
+		{[]string{"--snapshot-schedule=whenever"}, `"whenever" is not a schedule`},
+		{[]string{"--join=http://x"}, `"http://x" is not of the form https://HOST:6443`},
+		{[]string{"--join=https://x", "--cluster-init"}, "give either this, on the first server, or --join"},
+		{[]string{"--join=https://x", "--token=abc"}, "this is not a token"},
+		{[]string{"--node-monitor-grace-period=2s"}, "whole seconds, at least 8s"},
+		{[]string{"--node-monitor-grace-period=8500ms"}, "whole seconds, at least 8s"},
+		{[]string{"--etcd-servers=https://a:2379", "--cluster-init"}, "give either this, for one server with an etcd elsewhere"},
+		{[]string{"--etcd-servers=http://192.0.2.1:2379"}, "in the clear"},
+		{[]string{"--etcd-servers=a:2379"}, "is not of the form https://HOST:2379"},
+		{[]string{"--etcd-servers=https://a:2379", "--etcd-certfile=x"}, "needs its key"},
+		{[]string{"--snapshot-retention=0"}, "at least one is kept"},
+		{[]string{"--scheduler-config=/nowhere/scheduler.yaml"}, "--scheduler-config: open /nowhere/scheduler.yaml"},
 	} {
 		if _, err := parsed(t, c.args...).complete(dualHost); err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%v: error %v, want it to say %q", c.args, err, c.says)
@@ -134,8 +149,13 @@ func TestEveryFlagIsAKey(t *testing.T) {
 		}
 		path := filepath.Join(t.TempDir(), "server.yaml")
 		value := "1"
-		if f.Value.Type() == "duration" {
+		switch f.Value.Type() {
+		case "duration":
 			value = "1s"
+		case "bool":
+			value = "true"
+		case pairs:
+			value = "a=1"
 		}
 		if err := os.WriteFile(path, []byte(f.Name+": "+value+"\n"), 0o600); err != nil {
 			t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"time"
@@ -19,16 +20,17 @@ import (
 	"golang.org/x/sync/errgroup"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apiserver/pkg/authentication/serviceaccount"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/klog/v2"
 
 	"skep.io/skep/api"
 	"skep.io/skep/controlplane/apiserver"
 	"skep.io/skep/controlplane/controllers"
+	"skep.io/skep/controlplane/controllers/nodelifecycle"
 	"skep.io/skep/controlplane/pki"
-	"skep.io/skep/controlplane/scheduler"
-	"skep.io/skep/controlplane/store"
 )
 
 // A part runs until its context ends. When one fails, all end: a node without its data plane, or a
@@ -49,8 +51,12 @@ type process struct {
 	gatherer  prometheus.Gatherer
 	authority *pki.Authority
 	server    *apiserver.Server
+	// member and agreed are nil if this server is the only one. If not, handedOver is closed when it leads no more.
+	member     *membership
+	handedOver chan struct{}
 	// informers keeps the cluster-wide objects that several parts want, once for all of them.
 	informers informers.SharedInformerFactory
+	agreed    *agreement
 	// registered is closed when the informers may be started.
 	registered chan struct{}
 }
@@ -63,43 +69,78 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 	}
 	defer release()
 
-	if _, err := os.Stat(filepath.Join(s.dataDir, "agent")); err == nil {
+	if err := checkFormat(s.dataDir); err != nil {
+		return err
+	}
+	if isAgentsDir(s.dataDir) {
 		return fmt.Errorf("%s is an agent's: this machine has joined another server's cluster; `skep reset` takes it out", s.dataDir)
 	}
 	started := time.Now()
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	// The store first: its lock also keeps two processes from making two authorities.
-	etcd, err := store.Open(ctx, store.Config{
-		DataDir: filepath.Join(s.dataDir, "server"), LockWait: lockWait, Log: log.With("part", "store"),
-	})
+	member, err := findMembership(ctx, s, log)
+	if err != nil {
+		return untilStopped(ctx, err)
+	}
+	if member != nil && member.Settings != nil {
+		if s.clusterSettings, err = clusterFrom(member.Settings, s.hasIPv6); err != nil {
+			return err
+		}
+	}
+	if err := s.conflicts(s.networks); err != nil {
+		return err
+	}
+	// The host is claimed: nobody else makes an authority here.
+	authority, err := pki.Open(filepath.Join(s.dataDir, "server", "tls"))
 	if err != nil {
 		return err
 	}
-	authority, err := pki.Open(filepath.Join(s.dataDir, "server", "tls"))
+	if member != nil {
+		if err := prepareEncryption(s, member); err != nil {
+			return err
+		}
+	}
+	etcd, err := openStore(ctx, s, member, authority, log)
+	if err != nil {
+		return err
+	}
+	if err := writeFormat(s.dataDir); err != nil {
+		return errors.Join(err, etcd.Close())
+	}
+	agreed, authority, err := agree(ctx, s, member, authority, etcd, log.With("part", "servers"))
 	if err != nil {
 		return errors.Join(err, etcd.Close())
+	}
+	if member == nil { // its keys may have been in the store
+		if err := prepareEncryption(s, nil); err != nil {
+			return errors.Join(err, etcd.Close())
+		}
 	}
 	pace := newPacer(log)
 	server, err := apiserver.New(ctx, apiserver.Config{
 		Store: etcd, PKI: authority,
 		BindAddress: s.bindAddress, Port: s.securePort, AdvertiseAddress: s.advertiseAddress, ExtraSANs: s.tlsSANs,
 		ServiceCIDRs: s.serviceCIDRs, NodePortRange: s.nodePortRange.String(), ClusterDomain: s.clusterDomain,
-		OnWrite: pace.busy, Log: log.With("part", "apiserver"),
+		Clustered: member != nil, Join: joinHandler(etcd, authority, s.clusterSettings.data(), log.With("part", "join")),
+		Access: s.access, OnWrite: pace.busy, Log: log.With("part", "apiserver"),
 	})
 	if err != nil {
 		return errors.Join(err, etcd.Close())
 	}
 
 	registry := prometheus.NewRegistry()
-	p := &process{settings: s, log: log, metrics: registry, gatherer: registry, authority: authority, server: server, registered: make(chan struct{})}
+	p := &process{settings: s, log: log, metrics: registry, gatherer: registry, authority: authority, server: server, member: member, agreed: agreed, registered: make(chan struct{})}
+	if member != nil {
+		p.handedOver = make(chan struct{})
+	}
 	parts, err := p.parts(ctx)
 	if err != nil {
 		ended, cancel := context.WithCancel(ctx)
 		cancel()
 		return errors.Join(err, server.Run(ended), etcd.Close()) // Run gives the port back
 	}
+	parts = append(parts, p.localParts(etcd)...)
 	log.Info("starting", "node", s.nodeName, "version", skepVersion, "data", s.dataDir)
 	parts = append(parts, part{"announce", func(ctx context.Context) error { return p.announce(ctx, started) }}, part{"pacer", pace.run})
 	return errors.Join(runParts(ctx, log, parts), etcd.Close())
@@ -112,14 +153,6 @@ func (p *process) parts(ctx context.Context) ([]part, error) {
 		return nil, err
 	}
 	p.informers = informers.NewSharedInformerFactoryWithOptions(shared, 0, informers.WithTransform(dropManagedFields))
-	schedulerClient, err := p.client("system:kube-scheduler")
-	if err != nil {
-		return nil, err
-	}
-	controllersConfig, err := p.controllersConfig()
-	if err != nil {
-		return nil, err
-	}
 	agent, err := p.newAgent()
 	if err != nil {
 		return nil, err
@@ -127,14 +160,17 @@ func (p *process) parts(ctx context.Context) ([]part, error) {
 	if err := agent.start(ctx); err != nil {
 		return nil, err
 	}
-	return append([]part{
-		{"apiserver", p.server.Run},
-		once(p.server.Ready(), "controllers", func(ctx context.Context) error { return controllers.Run(ctx, controllersConfig) }),
-		once(p.registered, "scheduler", func(ctx context.Context) error {
-			return scheduler.Run(ctx, scheduler.Config{Client: schedulerClient, Informers: p.informers,
-				Log: p.log.With("part", "scheduler"), Metrics: p.metrics})
-		}),
-	}, agent.parts()...), nil
+	parts := []part{{"apiserver", p.serve}}
+	if p.member != nil {
+		parts = append(parts, part{"leader", p.lead}, once(p.server.Ready(), "informers", p.followInformers))
+	} else {
+		always, err := p.leaderParts(p.informers, p.registered, p.metrics)
+		if err != nil {
+			return nil, err
+		}
+		parts = append(parts, always...)
+	}
+	return append(parts, agent.parts()...), nil
 }
 
 // newAgent is this server's own node, which reaches the API within the process.
@@ -159,11 +195,15 @@ func (p *process) newAgent() (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("certificate of the node's API: %w", err)
 	}
+	resources, err := dynamic.NewForConfig(p.config(api.InformersUser))
+	if err != nil {
+		return nil, err
+	}
 	return &agent{
 		nodeSettings: p.settings.nodeSettings, cluster: p.settings.clusterSettings,
 		access: access{
-			node: client, ingress: ingressClient, informers: p.informers, ready: p.server.Ready(), registered: p.registered,
-			serving: func() (*tls.Certificate, error) { return &serving, nil }, clientCA: p.authority.CAPool(),
+			node: client, ingress: ingressClient, informers: p.informers, dynamic: resources, ready: p.server.Ready(), registered: p.registered,
+			serving: func() (*tls.Certificate, error) { return &serving, nil }, clientCA: p.authority.CAPool,
 			ingressAddresses: readyAddresses(p.informers),
 		},
 		log: p.log, metrics: p.metrics, gatherer: p.gatherer,
@@ -195,7 +235,7 @@ func (p *process) controllersConfig() (controllers.Config, error) {
 		return controllers.Config{}, fmt.Errorf("service account key: %w", err)
 	}
 	return controllers.Config{
-		Client: client, Informers: p.informers, Registered: p.registered,
+		Client: client,
 		RESTConfig: func(user string) *rest.Config {
 			return p.config(user, accountGroups(user)...)
 		},
@@ -204,8 +244,9 @@ func (p *process) controllersConfig() (controllers.Config, error) {
 			int32(p.settings.ingressHTTPPort): "ingress", int32(p.settings.ingressHTTPSPort): "ingress",
 			int32(p.settings.securePort): "API", api.DefaultNodeAPIPort: "nodes' API",
 		},
-		RootCA: p.authority.CAPEM(), CAFile: p.authority.CAFile(), CAKeyFile: p.authority.CAKeyFile(), ServiceAccountKey: key,
-		Log: p.log.With("part", "controllers"), Metrics: p.metrics,
+		NodeTiming: nodelifecycle.Timing{Grace: p.settings.nodeGrace},
+		RootCA:     p.authority.CAPEM(), CAFile: p.authority.CAFile(), CAKeyFile: p.authority.CAKeyFile(), ServiceAccountKey: key,
+		Log: p.log.With("part", "controllers"),
 	}, nil
 }
 
@@ -219,9 +260,10 @@ func accountGroups(user string) []string {
 }
 
 // runParts runs all parts until ctx ends or the first of them returns an error. That is logged at once:
-// some of upstream's controllers end the process when the API does not answer any more.
+// ending takes a while.
 func runParts(ctx context.Context, log *slog.Logger, parts []part) error {
 	group, ctx := errgroup.WithContext(ctx)
+	klog.OsExit = upstreamExit(ctx)
 	for _, part := range parts {
 		group.Go(func() error {
 			err := part.run(ctx)
@@ -233,6 +275,17 @@ func runParts(ctx context.Context, log *slog.Logger, parts []part) error {
 		})
 	}
 	return group.Wait()
+}
+
+// upstreamExit is how upstream's libraries end the process where they know no other way. Some do when they are
+// interrupted while they start: then only their goroutine ends, as everything is about to, for a reason that is still to be told.
+func upstreamExit(ctx context.Context) func(code int) {
+	return func(code int) {
+		if ctx.Err() != nil {
+			runtime.Goexit()
+		}
+		os.Exit(code)
+	}
 }
 
 // config is the in-process configuration of a client that acts as user.
@@ -266,8 +319,16 @@ func (p *process) announce(ctx context.Context, started time.Time) error {
 	if err != nil {
 		return err
 	}
-	if err := publishCluster(ctx, bootstrap, p.settings.clusterSettings); err != nil {
-		return err
+	// Who was told the settings does not tell them. The authorities are told by the server that signs.
+	if p.member == nil || p.member.Settings == nil {
+		if err := publishCluster(ctx, bootstrap, p.settings.data()); err != nil {
+			return err
+		}
+	}
+	if p.member == nil {
+		if err := publishAuthorities(ctx, bootstrap, p.authority.CAPEM()); err != nil {
+			return err
+		}
 	}
 	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))
 	settle(ctx, p.log)

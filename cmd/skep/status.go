@@ -13,11 +13,14 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/duration"
 	"k8s.io/cli-runtime/pkg/genericiooptions"
 	"k8s.io/client-go/kubernetes"
+
+	"skep.io/skep/dataplane/inspect"
 )
 
 func newStatusCommand(streams genericiooptions.IOStreams) *cobra.Command {
@@ -25,7 +28,7 @@ func newStatusCommand(streams genericiooptions.IOStreams) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "status",
 		Short: "Show whether the cluster works: API, nodes, pods",
-		Long: "Show whether the cluster works: API, nodes, pods.\n\n" +
+		Long: "Show whether the cluster works: API, nodes, pods, and what a node's data plane has no room for or could not do.\n\n" +
 			"The exit status is 1 if the API does not answer or a node is not Ready.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -73,6 +76,9 @@ func runStatus(ctx context.Context, cmd *cobra.Command, streams genericiooptions
 	unready := printNodes(streams.Out, nodes.Items, pods.Items, time.Now())
 	if troubled := troubledPods(pods.Items); len(troubled) > 0 {
 		fmt.Fprintf(streams.Out, "\nPods that need a look (skep describe pod -n NAMESPACE NAME):\n  %s\n", strings.Join(troubled, "\n  "))
+	}
+	if troubles := networkTroubles(ctx, client, nodes.Items); len(troubles) > 0 {
+		fmt.Fprintf(streams.Out, "\nThe data plane needs a look (skep net, skep get events):\n  %s\n", strings.Join(troubles, "\n  "))
 	}
 	if len(nodes.Items) == 0 {
 		return fail("no node has registered yet")
@@ -139,6 +145,36 @@ func printNodes(out io.Writer, nodes []corev1.Node, pods []corev1.Pod, now time.
 	}
 	_ = w.Flush() // what it writes to is the terminal: there is nobody else to tell
 	return unready
+}
+
+// askedAtOnce bounds how many nodes are asked at the same time.
+const askedAtOnce = 16
+
+// networkTroubles asks the nodes that are Ready what their data planes lack, and gives a line for each, with the node's name.
+func networkTroubles(ctx context.Context, client kubernetes.Interface, nodes []corev1.Node) []string {
+	found := make([][]string, len(nodes))
+	var asking errgroup.Group
+	asking.SetLimit(askedAtOnce)
+	for i := range nodes {
+		if nodeState(nodes[i]) != "Ready" {
+			continue
+		}
+		asking.Go(func() error {
+			name := nodes[i].Name
+			err := askNode(ctx, client, name, "health", nil, func(h inspect.Health) error {
+				for _, t := range h.Troubles() {
+					found[i] = append(found[i], name+": "+t)
+				}
+				return nil
+			})
+			if err != nil {
+				found[i] = append(found[i], fmt.Sprintf("not known: %v", err))
+			}
+			return nil // the others are asked all the same
+		})
+	}
+	_ = asking.Wait()
+	return slices.Concat(found...)
 }
 
 // nodeState is "Ready", or why not.

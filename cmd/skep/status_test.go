@@ -17,6 +17,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/cli-runtime/pkg/genericiooptions"
+
+	"skep.io/skep/dataplane/inspect"
 )
 
 // restarting serves what an API on a second start does: the stored node is Ready at once, the API
@@ -50,6 +52,9 @@ func restarting(t *testing.T, questions int64) (cmd *cobra.Command, asked *atomi
 			}},
 		}},
 	})
+	answer("/api/v1/nodes/one/proxy/net/health", inspect.Health{
+		Maps: []inspect.Fill{{Map: "services", Used: 10, Fits: 10}, {Map: "slots", Used: 1, Fits: 10}}, Problems: []string{"service default/web is late"},
+	})
 	server := httptest.NewServer(mux)
 	t.Cleanup(server.Close)
 	cmd = &cobra.Command{}
@@ -67,6 +72,23 @@ func TestStatusWaitsForTheAPI(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), "2 health checks pass") || asked.Load() < 4 {
 		t.Errorf("after %d questions:\n%s", asked.Load(), &out)
+	}
+}
+
+// TestStatusOfTheDataPlane: what a node's maps have no room for is shown; a cluster that serves is no failure.
+func TestStatusOfTheDataPlane(t *testing.T) {
+	cmd, _ := restarting(t, 0)
+	var out bytes.Buffer
+	if err := runStatus(t.Context(), cmd, genericiooptions.IOStreams{Out: &out}, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"one: map services holds 10 of 10 entries: ", "one: service default/web is late\n"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("nothing says %q:\n%s", want, &out)
+		}
+	}
+	if strings.Contains(out.String(), "slots") {
+		t.Errorf("a map with room is shown:\n%s", &out)
 	}
 }
 

@@ -34,7 +34,7 @@ import (
 func newTokenCommand(streams genericiooptions.IOStreams) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "token",
-		Short: "Let machines join the cluster: make, list and revoke tokens for `skep agent`",
+		Short: "Let machines join the cluster: make, list and revoke tokens",
 		Args:  cobra.NoArgs,
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
@@ -55,6 +55,7 @@ func tokenClient(cmd *cobra.Command) (kubernetes.Interface, *rest.Config, error)
 func newTokenCreateCommand(streams genericiooptions.IOStreams) *cobra.Command {
 	var ttl time.Duration
 	var description string
+	var server bool
 	c := &cobra.Command{
 		Use:   "create",
 		Short: "Make a token and print it",
@@ -81,9 +82,13 @@ func newTokenCreateCommand(streams genericiooptions.IOStreams) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			group := api.BootstrapGroup
+			if server {
+				group = api.ServerBootstrapGroup
+			}
 			token := join.Token{Authority: join.Pin(authority)}
 			token.ID, token.Secret, _ = strings.Cut(pair, ".")
-			if _, err := client.CoreV1().Secrets(metav1.NamespaceSystem).Create(ctx, tokenSecret(token, ttl, description, time.Now()), metav1.CreateOptions{}); err != nil {
+			if _, err := client.CoreV1().Secrets(metav1.NamespaceSystem).Create(ctx, tokenSecret(token, group, ttl, description, time.Now()), metav1.CreateOptions{}); err != nil {
 				return fail("make a token: %w", err)
 			}
 			fmt.Fprintln(streams.Out, token)
@@ -91,12 +96,13 @@ func newTokenCreateCommand(streams genericiooptions.IOStreams) *cobra.Command {
 		},
 	}
 	c.Flags().DurationVar(&ttl, "ttl", 24*time.Hour, "How long the token lets machines join; 0 for ever")
+	c.Flags().BoolVar(&server, "for-server", false, "For `skep server --join` instead of `skep agent`: whoever holds it gets the cluster's keys")
 	c.Flags().StringVar(&description, "description", "", "What the token is for, to find it in the list")
 	return c
 }
 
 // tokenSecret is the form in which the API server keeps and knows a token.
-func tokenSecret(t join.Token, ttl time.Duration, description string, now time.Time) *corev1.Secret {
+func tokenSecret(t join.Token, group string, ttl time.Duration, description string, now time.Time) *corev1.Secret {
 	s := &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{Name: bootstraputil.BootstrapTokenSecretName(t.ID), Namespace: metav1.NamespaceSystem},
 		Type:       bootstrapapi.SecretTypeBootstrapToken,
@@ -104,7 +110,7 @@ func tokenSecret(t join.Token, ttl time.Duration, description string, now time.T
 			bootstrapapi.BootstrapTokenIDKey:               t.ID,
 			bootstrapapi.BootstrapTokenSecretKey:           t.Secret,
 			bootstrapapi.BootstrapTokenUsageAuthentication: "true",
-			bootstrapapi.BootstrapTokenExtraGroupsKey:      api.BootstrapGroup,
+			bootstrapapi.BootstrapTokenExtraGroupsKey:      group,
 		},
 	}
 	if description != "" {
@@ -121,12 +127,10 @@ func clusterAuthority(config *rest.Config) (*x509.Certificate, error) {
 	if err := rest.LoadTLSFiles(config); err != nil {
 		return nil, err
 	}
-	block, rest := pem.Decode(config.CAData)
+	// Of two, while the cluster goes over to another, the first signs.
+	block, _ := pem.Decode(config.CAData)
 	if block == nil {
 		return nil, errors.New("the client configuration names no certificate authority, which a token has to: use the one that the server wrote (" + api.KubeconfigPath + ")")
-	}
-	if more, _ := pem.Decode(rest); more != nil {
-		return nil, errors.New("the client configuration names more than one certificate authority: use the one that the server wrote (" + api.KubeconfigPath + ")")
 	}
 	return x509.ParseCertificate(block.Bytes)
 }
@@ -157,7 +161,7 @@ func newTokenListCommand(streams genericiooptions.IOStreams) *cobra.Command {
 func printTokens(out io.Writer, secrets []corev1.Secret, now time.Time) error {
 	slices.SortFunc(secrets, func(a, b corev1.Secret) int { return cmp.Compare(a.Name, b.Name) })
 	w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(w, "ID\tEXPIRES IN\tAGE\tDESCRIPTION")
+	fmt.Fprintln(w, "ID\tFOR\tEXPIRES IN\tAGE\tDESCRIPTION")
 	for _, s := range secrets {
 		expires := "never"
 		if text, ok := s.Data[bootstrapapi.BootstrapTokenExpirationKey]; ok {
@@ -171,7 +175,11 @@ func printTokens(out io.Writer, secrets []corev1.Secret, now time.Time) error {
 				expires = duration.HumanDuration(at.Sub(now))
 			}
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", s.Data[bootstrapapi.BootstrapTokenIDKey], expires,
+		whom := "agents"
+		if string(s.Data[bootstrapapi.BootstrapTokenExtraGroupsKey]) == api.ServerBootstrapGroup {
+			whom = "servers"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", s.Data[bootstrapapi.BootstrapTokenIDKey], whom, expires,
 			duration.HumanDuration(now.Sub(s.CreationTimestamp.Time)), cmp.Or(string(s.Data[bootstrapapi.BootstrapTokenDescriptionKey]), "-"))
 	}
 	return w.Flush()

@@ -28,7 +28,7 @@ import (
 )
 
 func newTraceCommand(streams genericiooptions.IOStreams) *cobra.Command {
-	var protocol, output string
+	var protocol, output, at string
 	var v6 bool
 	c := &cobra.Command{
 		Use:   "trace FROM TO:PORT",
@@ -36,10 +36,11 @@ func newTraceCommand(streams genericiooptions.IOStreams) *cobra.Command {
 		Long: "Explain what becomes of a connection: which name, service and backends it is for, which policies let it\n" +
 			"pass or do not, which way it takes, and what to change. Nothing is sent: the answer is computed from the\n" +
 			"tables that the kernel's programs read, on the nodes at which the connection would be judged.\n\n" +
-			"FROM is a pod (NAME or NAMESPACE/NAME), or node/NAME. TO is a Service (svc/NAME), a pod (pod/NAME), an\n" +
+			"FROM is a pod (NAME or NAMESPACE/NAME), node/NAME, or with --at an ADDRESS:PORT outside the cluster. TO is a Service (svc/NAME), a pod (pod/NAME), an\n" +
 			"address, or a name as the pod would ask DNS for it. The exit status is 1 if it would not be forwarded.",
 		Example: "  skep trace client web:80              # as the pod client would connect to http://web\n" +
-			"  skep trace team/client svc/shop/web:http\n  skep trace node/n1 10.42.0.7:8080 --protocol udp",
+			"  skep trace team/client svc/shop/web:http\n  skep trace node/n1 10.42.0.7:8080 --protocol udp\n" +
+			"  skep trace 198.51.100.9:40000 192.0.2.10:30080 --at n1   # which backend node n1 would choose",
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx, stop := untilSignal(cmd)
@@ -51,7 +52,7 @@ func newTraceCommand(streams genericiooptions.IOStreams) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			t := traceRun{client: client, names: &peerNames{client: client}, namespace: currentNamespace(cmd), protocol: strings.ToUpper(protocol), v6: v6}
+			t := traceRun{client: client, names: &peerNames{client: client}, namespace: currentNamespace(cmd), protocol: strings.ToUpper(protocol), v6: v6, at: at}
 			a, err := t.run(ctx, args[0], args[1])
 			if err != nil {
 				return fail("%w", err)
@@ -68,6 +69,7 @@ func newTraceCommand(streams genericiooptions.IOStreams) *cobra.Command {
 		},
 	}
 	c.Flags().StringVar(&protocol, "protocol", "TCP", "TCP, UDP or SCTP")
+	c.Flags().StringVar(&at, "at", "", "The node that is asked, for a client outside the cluster")
 	c.Flags().BoolVarP(&v6, "ipv6", "6", false, "Take IPv6 addresses where there are both")
 	c.Flags().StringVarP(&output, "output", "o", "", "json")
 	return c
@@ -101,6 +103,7 @@ type traceRun struct {
 	namespace string
 	protocol  string
 	v6        bool
+	at        string // the node that a client outside asks
 	steps     []string
 }
 
@@ -108,6 +111,7 @@ type traceRun struct {
 type asker struct {
 	node, namespace string
 	addrs           []netip.Addr // of a pod; none: the node itself
+	port            uint16       // of a client outside, if it is known
 }
 
 func (t *traceRun) say(format string, args ...any) {
@@ -131,7 +135,7 @@ func (t *traceRun) run(ctx context.Context, from, to string) (*answer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s to %s: %w", from, to, err)
 	}
-	trace, err := t.ask(ctx, who.node, src, netip.AddrPortFrom(dst, number))
+	trace, err := t.ask(ctx, who.node, src, who.port, netip.AddrPortFrom(dst, number))
 	if err != nil {
 		return nil, err
 	}
@@ -151,9 +155,12 @@ func (t *traceRun) run(ctx context.Context, from, to string) (*answer, error) {
 	return &answer{*trace, t.steps}, nil
 }
 
-func (t *traceRun) ask(ctx context.Context, node string, from netip.Addr, to netip.AddrPort) (*inspect.Trace, error) {
+func (t *traceRun) ask(ctx context.Context, node string, from netip.Addr, port uint16, to netip.AddrPort) (*inspect.Trace, error) {
 	params := map[string]string{"to": to.String(), "protocol": t.protocol}
-	if from.IsValid() {
+	switch {
+	case from.IsValid() && port != 0:
+		params["from"] = netip.AddrPortFrom(from, port).String()
+	case from.IsValid():
 		params["from"] = from.String()
 	}
 	var out *inspect.Trace
@@ -188,7 +195,7 @@ func (t *traceRun) follow(ctx context.Context, trace *inspect.Trace, p *inspect.
 			return err
 		}
 	}
-	there, err := t.ask(ctx, pod.Spec.NodeName, from, netip.AddrPortFrom(p.To.Address, p.To.Port))
+	there, err := t.ask(ctx, pod.Spec.NodeName, from, 0, netip.AddrPortFrom(p.To.Address, p.To.Port))
 	if err != nil {
 		return err
 	}
@@ -218,6 +225,12 @@ func (t *traceRun) asker(ctx context.Context, s string) (who asker, err error) {
 		}
 		return who, nil
 	}
+	if a, port, ok := outsider(s); ok {
+		if t.at == "" {
+			return who, fmt.Errorf("%s is an address: say with --at which node it asks", s)
+		}
+		return asker{node: t.at, namespace: t.namespace, addrs: []netip.Addr{a}, port: port}, nil
+	}
 	pod, err := t.pod(ctx, s)
 	if err != nil {
 		return who, err
@@ -234,6 +247,15 @@ func (t *traceRun) asker(ctx context.Context, s string) (who asker, err error) {
 	}
 	who.node, who.namespace = pod.Spec.NodeName, pod.Namespace
 	return who, nil
+}
+
+// outsider reads ADDRESS and ADDRESS:PORT.
+func outsider(s string) (a netip.Addr, port uint16, ok bool) {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return a, 0, true
+	}
+	both, err := netip.ParseAddrPort(s)
+	return both.Addr(), both.Port(), err == nil
 }
 
 // pod reads NAME, NAMESPACE/NAME, or either after pod/.
@@ -452,7 +474,10 @@ func (a *answer) print(out io.Writer) error {
 	fmt.Fprintf(&b, "%s -> %s %s\n", peerText(&a.From, true), to, a.Protocol)
 	if s := a.Service; s != nil {
 		fmt.Fprintf(&b, "  service  %s/%s, %s, %d backends", s.Namespace, s.Service, s.Scope, len(s.Backends))
-		if len(s.Backends) > 1 {
+		switch {
+		case a.Choice != "":
+			fmt.Fprintf(&b, ", one is certain (%s)", a.Choice)
+		case len(s.Backends) > 1:
 			fmt.Fprint(&b, ", one of them is chosen")
 		}
 		if s.AffinitySeconds > 0 {
@@ -498,6 +523,9 @@ func judgementText(j *inspect.Judgement) string {
 		return "allowed by " + list
 	case j.State == inspect.Closed:
 		return strings.TrimSuffix("closed: "+j.Why+": "+list, ": ")
+	}
+	if j.Rule {
+		return "denied by " + list
 	}
 	return "denied: none of " + list + " allows it"
 }

@@ -23,6 +23,8 @@ StartLimitIntervalSec=0
 [Service]
 Type=exec
 ExecStart=SKEP ROLE
+# Pods end in order before the machine does, and stay when the service alone is stopped.
+ExecStop=-/bin/sh -c 'if [ "$(systemctl is-system-running)" = stopping ]; then exec SKEP shutdown; fi'
 Restart=always
 RestartSec=2s
 # Pods outlive the process: only the process itself is stopped, and a restart finds them again.

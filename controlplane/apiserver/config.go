@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"slices"
@@ -54,6 +55,14 @@ type Config struct {
 	// long the server waits at its end for requests that are still being answered.
 	RequestTimeout time.Duration
 
+	// Access says who else may use the API, what is audited and how objects are encrypted; nil is NewAccess.
+	Access *Access
+
+	// Clustered says that other servers serve the same store.
+	Clustered bool
+	// Join, when set, answers api.JoinPath: requests of those whom the role skep:server-join lets in.
+	Join http.Handler
+
 	// OnWrite, when set, is called before each request that changes an object, renewals of leases and
 	// events apart. It must not block.
 	OnWrite func()
@@ -86,6 +95,12 @@ func (c Config) complete() (Config, error) {
 	}
 	if len(errs) > 0 {
 		return c, fmt.Errorf("apiserver: %w", errors.Join(errs...))
+	}
+	if c.Access == nil {
+		c.Access = NewAccess()
+	}
+	if err := c.Access.Validate(); err != nil {
+		return c, fmt.Errorf("apiserver: %w", err)
 	}
 	if c.BindAddress == nil {
 		c.BindAddress = net.IPv6zero

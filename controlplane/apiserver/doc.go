@@ -32,6 +32,7 @@
 // Upstream keeps feature gates, capabilities and metrics in process-wide variables. Servers may
 // follow one another in one process, and run beside one another, as long as they want the same.
 //
-// One server serves the cluster. With several, these choices must change: the endpoint reconciler
-// (to leases), APIServerIdentity, and MasterCount.
+// Several servers may serve one cluster, each over its own member of the store (Config.Clustered): then the
+// endpoints of the Service "kubernetes" are kept by leases. Identity leases of upstream's stay off: nothing asks
+// for them while all servers know the same resources.
 package apiserver

@@ -42,6 +42,8 @@ type generic struct {
 	config    *genericapiserver.Config
 	informers informers.SharedInformerFactory
 	storage   *serverstorage.DefaultStorageFactory
+	// encryption is nil if nothing is encrypted.
+	encryption *atRest
 }
 
 // longRunning requests are neither timed nor counted against the limits.
@@ -50,7 +52,7 @@ var longRunningVerbs, longRunningSubresources = sets.NewString("watch", "proxy")
 
 // buildGeneric is upstream's BuildGenericConfig with one change: the servers call themselves by
 // loopback, which stays in the process, instead of by TLS with a certificate that expires.
-func buildGeneric(ctx context.Context, o options.CompletedOptions, loopback *rest.Config, ids *identities) (generic, error) {
+func buildGeneric(ctx context.Context, o options.CompletedOptions, access *Access, loopback *rest.Config, ids *identities) (generic, error) {
 	resources := controlplane.DefaultAPIResourceConfigSource()
 	config := genericapiserver.NewConfig(legacyscheme.Codecs)
 	config.MergedResourceConfig = resources
@@ -86,10 +88,18 @@ func buildGeneric(ctx context.Context, o options.CompletedOptions, loopback *res
 	config.OpenAPIV3Config.GetOperationIDAndTagsFromRoute = operationID
 	config.LongRunningFunc = filters.BasicLongRunningRequestCheck(longRunningVerbs, longRunningSubresources)
 
+	if access.EncryptionConfig != "" {
+		if g.encryption, err = newAtRest(access.EncryptionConfig, config); err != nil {
+			return g, err
+		}
+	}
+	if err := o.Audit.ApplyTo(config); err != nil {
+		return g, fmt.Errorf("audit: %w", err)
+	}
 	if err := g.applyStorage(o); err != nil {
 		return g, err
 	}
-	if err := g.applyAccess(ctx, o, client, ids); err != nil {
+	if err := g.applyAccess(ctx, o, access, client, ids); err != nil {
 		return g, err
 	}
 	config.AggregatedDiscoveryGroupManager = aggregated.NewResourceManager("apis")
@@ -120,8 +130,8 @@ func (g *generic) applyStorage(o options.CompletedOptions) error {
 }
 
 // applyAccess sets authentication (in-process identities, client certificates, service-account and
-// bootstrap tokens, front proxy, anonymous) and authorization (Node, RBAC, ingress's Secrets).
-func (g *generic) applyAccess(ctx context.Context, o options.CompletedOptions, client kubernetes.Interface, ids *identities) error {
+// bootstrap tokens, OIDC, front proxy, health without any) and authorization (Node, RBAC, ingress's Secrets).
+func (g *generic) applyAccess(ctx context.Context, o options.CompletedOptions, access *Access, client kubernetes.Interface, ids *identities) error {
 	c := g.config
 	drained := wait.ContextForChannel(c.DrainedNotify())
 	err := o.Authentication.ApplyTo(drained, &c.Authentication, c.SecureServing, nil,
@@ -129,7 +139,11 @@ func (g *generic) applyAccess(ctx context.Context, o options.CompletedOptions, c
 	if err != nil {
 		return fmt.Errorf("authentication: %w", err)
 	}
-	c.Authentication.Authenticator = authenticatorunion.New(tokenrequest.New(ids), c.Authentication.Authenticator)
+	c.Authentication.Authenticator, err = access.orHealth(authenticatorunion.New(tokenrequest.New(ids), c.Authentication.Authenticator,
+		newFreshTokens(client, c.Authentication.APIAudiences)))
+	if err != nil {
+		return err
+	}
 
 	c.Authorization.Authorizer, c.RuleResolver, _, err = controlplaneapiserver.BuildAuthorizer(drained, o.CompletedOptions, nil, c.APIServerID, g.informers)
 	if err != nil {

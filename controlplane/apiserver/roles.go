@@ -21,6 +21,9 @@ var (
 	watcher = []string{"list", "watch"}
 )
 
+// serverJoin is the role of machines that join as servers.
+const serverJoin = "skep:server-join"
+
 // ownClusterRoles are what skep's own parts may do, beside upstream's bootstrap policy. Nothing in the
 // process acts as the administrator but the API server itself.
 var ownClusterRoles = []rbacv1.ClusterRole{
@@ -31,8 +34,12 @@ var ownClusterRoles = []rbacv1.ClusterRole{
 		rule(watcher, "", "pods", "namespaces", "services", "nodes"),
 		rule(watcher, "discovery.k8s.io", "endpointslices"),
 		rule(watcher, "networking.k8s.io", "networkpolicies", "ingresses", "ingressclasses"),
+		rule(watcher, "policy.networking.k8s.io", "clusternetworkpolicies"),
+		// Whether ClusterNetworkPolicies are defined: only then is it known which there are.
+		rule(watcher, "apiextensions.k8s.io", "customresourcedefinitions"),
 	),
 	metricsReader,
+	presetsEditor, presetsViewer,
 	// The caches that a server's parts share hold what any of them wants to see. They only ever read.
 	clusterRole(api.InformersUser, rule(watcher, rbacv1.APIGroupAll, rbacv1.ResourceAll)),
 	// Which Secrets ingress may read follows from Ingresses: ingressSecrets.
@@ -56,11 +63,42 @@ var ownClusterRoles = []rbacv1.ClusterRole{
 		rule([]string{"get", "create", "update", "delete"}, "", "persistentvolumes"),
 		rule([]string{"update"}, "", "persistentvolumeclaims", "persistentvolumeclaims/status"),
 	),
+	// Which rules of ClusterNetworkPolicies cannot be honoured is said in their status.
+	clusterRole("skep:cluster-policy-controller",
+		rule(watcher, "policy.networking.k8s.io", "clusternetworkpolicies"),
+		rule([]string{"patch"}, "policy.networking.k8s.io", "clusternetworkpolicies/status"),
+		rule([]string{"create", "patch", "update"}, "", "events"),
+	),
+	// What is left of an AddressPool is said in its status.
+	clusterRole("skep:address-pool-controller",
+		rule(watcher, "skep.io", "addresspools"),
+		rule([]string{"patch"}, "skep.io", "addresspools/status"),
+		rule([]string{"create", "patch", "update"}, "", "events"),
+	),
+	// Whoever may do this gets the cluster's keys.
+	clusterRole(serverJoin, rbacv1.PolicyRule{Verbs: []string{"post"}, NonResourceURLs: []string{api.JoinPath}}),
 	// What machines need to become nodes. Upstream's role of the certificate controller may approve
 	// clients' requests only.
 	clusterRole("skep:serving-certificate-approver", rbacv1.PolicyRule{
 		Verbs: []string{"approve"}, APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"signers"}, ResourceNames: []string{certificatesv1.KubeletServingSignerName},
 	}),
+}
+
+// Who may change pods of a namespace may change what is added to them, as it was when Kubernetes had PodPresets.
+var (
+	presetsEditor = partOf("skep:podpresets-edit", []string{"admin", "edit"},
+		rule([]string{"get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"}, "settings.k8s.io", "podpresets"))
+	presetsViewer = partOf("skep:podpresets-view", []string{"view"}, rule(readers, "settings.k8s.io", "podpresets"))
+)
+
+// partOf is a role that becomes part of others (view, edit, admin).
+func partOf(name string, into []string, rules ...rbacv1.PolicyRule) rbacv1.ClusterRole {
+	r := clusterRole(name, rules...)
+	r.Labels = map[string]string{}
+	for _, other := range into {
+		r.Labels["rbac.authorization.k8s.io/aggregate-to-"+other] = "true"
+	}
+	return r
 }
 
 var ownClusterRoleBindings = []rbacv1.ClusterRoleBinding{
@@ -70,8 +108,13 @@ var ownClusterRoleBindings = []rbacv1.ClusterRoleBinding{
 	clusterBinding(api.BootstrapUser, api.BootstrapUser, person(api.BootstrapUser)),
 	clusterBinding("skep:local-path-provisioner", "skep:local-path-provisioner",
 		rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "local-path-provisioner"}),
+	clusterBinding("skep:cluster-policy-controller", "skep:cluster-policy-controller",
+		rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "cluster-policy-controller"}),
+	clusterBinding("skep:address-pool-controller", "skep:address-pool-controller",
+		rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "address-pool-controller"}),
 	clusterBinding("skep:serving-certificate-approver", "skep:serving-certificate-approver",
 		rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: metav1.NamespaceSystem, Name: "certificate-controller"}),
+	clusterBinding(serverJoin, serverJoin, group(api.ServerBootstrapGroup)),
 	clusterBinding("skep:node-bootstrapper", "system:node-bootstrapper", group(api.BootstrapGroup)),
 }
 
@@ -87,6 +130,7 @@ var (
 		Rules: []rbacv1.PolicyRule{
 			rule([]string{"get", "create", "update", "delete"}, "", "services"),
 			rule([]string{"get", "create", "update"}, "", "configmaps"),
+			rule([]string{"get", "create", "update"}, "coordination.k8s.io", "leases"),
 		},
 	}}
 	ownRoleBindings = []rbacv1.RoleBinding{
@@ -167,6 +211,9 @@ func grant(rule rbacv1.PolicyRule, namespace string, subject rbacv1.Subject) aut
 		who = &user.DefaultInfo{Name: "any", Groups: []string{subject.Name}}
 	case rbacv1.ServiceAccountKind:
 		who.Name = serviceaccount.MakeUsername(subject.Namespace, subject.Name)
+	}
+	if len(rule.NonResourceURLs) > 0 {
+		return authorizer.AttributesRecord{User: who, Verb: rule.Verbs[0], Path: rule.NonResourceURLs[0]}
 	}
 	resource, subresource, _ := strings.Cut(rule.Resources[0], "/")
 	attributes := authorizer.AttributesRecord{

@@ -14,11 +14,15 @@ import (
 
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
 	"k8s.io/kube-openapi/pkg/common"
 
+	"skep.io/skep/api"
 	"skep.io/skep/controlplane/apiserver/inprocess"
+	"skep.io/skep/controlplane/apiserver/podpreset"
 )
 
 // Server is one API server.
@@ -30,7 +34,11 @@ type Server struct {
 	authorizer authorizer.Authorizer
 	transport  *inprocess.Transport
 	identities *identities
+	presets    *podpreset.Plugin
+	loopback   *rest.Config // acts as the server itself
+	encryption *atRest      // nil if nothing is encrypted
 	host       string
+	listener   net.Listener
 	ready      chan struct{}
 	started    bool
 }
@@ -60,7 +68,9 @@ func New(ctx context.Context, cfg Config) (*Server, error) {
 		etcd:       registerStore(cfg.Store),
 		transport:  inprocess.New(cfg.Log),
 		identities: newIdentities(),
+		presets:    podpreset.New(cfg.Log),
 		host:       "https://" + net.JoinHostPort("127.0.0.1", strconv.Itoa(listener.Addr().(*net.TCPAddr).Port)),
+		listener:   listener,
 		ready:      make(chan struct{}),
 	}
 	if err := s.assemble(ctx, certs, listener); err != nil {
@@ -81,7 +91,7 @@ func listen(ctx context.Context, cfg Config) (net.Listener, error) {
 }
 
 func (s *Server) assemble(ctx context.Context, certs certificates, listener net.Listener) error {
-	o, err := upstreamOptions(ctx, s.cfg, certs, listener, s.etcd)
+	o, err := upstreamOptions(ctx, s.cfg, certs, listener, s.etcd, s.presets)
 	if err != nil {
 		return err
 	}
@@ -89,14 +99,20 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 	loopback := inProcessConfig(s.transport, s.host, s.identities.token(user.APIServerUser, []string{user.SystemPrivilegedGroup}))
 	// While it ends, a server answers everybody but itself "try again later", and knows itself by this.
 	loopback.UserAgent = "kube-apiserver/" + kubernetesVersion
-	g, err := buildGeneric(ctx, o, loopback, s.identities)
+	g, err := buildGeneric(ctx, o, s.cfg.Access, loopback, s.identities)
 	if err != nil {
 		return err
 	}
 	reportWrites(g.config, s.cfg.OnWrite)
+	s.loopback, s.encryption = loopback, g.encryption
 	s.openAPI, s.authorizer = g.config.OpenAPIV3Config, g.config.Authorization.Authorizer
-	s.aggregator, err = buildChain(o, g, s.cfg.Log)
-	return err
+	if s.aggregator, err = buildChain(o, g, s.cfg.Log); err != nil {
+		return err
+	}
+	if s.cfg.Join != nil {
+		s.aggregator.GenericAPIServer.Handler.NonGoRestfulMux.Handle(api.JoinPath, s.cfg.Join)
+	}
+	return nil
 }
 
 // ClientConfig returns a configuration for a client in this process that acts as userName in
@@ -117,6 +133,9 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	s.started = true
 	defer unregisterStore(s.etcd)
+	if ctx.Err() != nil {
+		return s.listener.Close() // nothing begins: upstream ends the process when it cannot
+	}
 	defer s.transport.Serve(nil)
 
 	prepared, err := s.aggregator.PrepareRun()
@@ -131,6 +150,9 @@ func (s *Server) Run(ctx context.Context) error {
 	s.transport.Serve(handler)
 	go s.announceReady(ctx, handler)
 	go s.renewCertificates(ctx)
+	followed := make(chan struct{})
+	go func() { defer close(followed); s.followPresets(ctx) }()
+	defer func() { cancel(); <-followed }()
 	ended := make(chan error, 1)
 	go func() { ended <- prepared.Run(ctx) }()
 	select {
@@ -143,6 +165,29 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("apiserver: %w", err)
 	}
 	return nil
+}
+
+// followPresets has pods get what PodPresets have, as the server itself, once the API answers.
+func (s *Server) followPresets(ctx context.Context) {
+	select {
+	case <-s.ready:
+	case <-ctx.Done():
+		return
+	}
+	config := s.aggregator.GenericAPIServer.LoopbackClientConfig
+	presets, err := dynamic.NewForConfig(config)
+	if err != nil {
+		s.cfg.Log.Error("client for PodPresets", "error", err)
+		return
+	}
+	events, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		s.cfg.Log.Error("client for PodPresets", "error", err)
+		return
+	}
+	if err := s.presets.Run(ctx, presets, events); err != nil {
+		s.cfg.Log.Error("PodPresets are not known: no pod can be created", "error", err)
+	}
 }
 
 // readyPoll is how often /readyz is asked at start. Upstream has no event for "ready": it is what
@@ -158,7 +203,10 @@ func (s *Server) announceReady(ctx context.Context, h http.Handler) {
 	var answers time.Time // since when /readyz is ok
 	for {
 		w := httptest.NewRecorder()
-		h.ServeHTTP(w, httptest.NewRequestWithContext(ctx, http.MethodGet, "/readyz", nil))
+		// Not anonymously: an administrator may have closed that.
+		r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/readyz", nil)
+		r.Header.Set("Authorization", "Bearer "+s.loopback.BearerToken)
+		h.ServeHTTP(w, r)
 		if w.Code == http.StatusOK {
 			if answers.IsZero() {
 				answers = time.Now()

@@ -13,6 +13,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	resourcev1 "k8s.io/api/resource/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/discovery/cached/memory"
@@ -73,10 +74,19 @@ func newKinds(cfg Config) (*kinds, error) {
 	}
 	return &kinds{
 		full:     cfg.Informers,
-		metadata: metadatainformer.NewSharedInformerFactory(objects, 0),
+		metadata: metadatainformer.NewSharedInformerFactoryWithOptions(objects, 0, metadatainformer.WithTransform(identityOnly)),
 		mapper:   restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(discover)),
 		started:  make(chan struct{}),
 	}, nil
+}
+
+// identityOnly leaves of an object that is kept for its metadata what its followers ask: who it is, whose it is and
+// whether it is going. Who wrote which field of it, and what people noted on it, is most of it.
+func identityOnly(object any) (any, error) {
+	if m, ok := object.(*metav1.PartialObjectMetadata); ok {
+		m.ManagedFields, m.Annotations, m.Labels = nil, nil, nil
+	}
+	return object, nil
 }
 
 // ForResource implements informerfactory.InformerFactory.

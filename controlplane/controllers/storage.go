@@ -22,6 +22,7 @@ import (
 	"k8s.io/kubernetes/pkg/controller/volume/persistentvolume"
 	"k8s.io/kubernetes/pkg/controller/volume/pvcprotection"
 	"k8s.io/kubernetes/pkg/controller/volume/pvprotection"
+	"k8s.io/kubernetes/pkg/controller/volume/vacprotection"
 
 	"skep.io/skep/controlplane/controllers/runner"
 )
@@ -88,6 +89,17 @@ func makeClaimProtection(ctx context.Context, e env) (run, error) {
 
 func makeVolumeProtection(ctx context.Context, e env) (run, error) {
 	c := pvprotection.NewPVProtectionController(klog.FromContext(ctx), e.cfg.Informers.Core().V1().PersistentVolumes(), e.deps.Client)
+	return blocking(func(ctx context.Context) { c.Run(ctx, 1) }), nil
+}
+
+// makeAttributesProtection keeps VolumeAttributesClasses as long as claims and volumes are of them, and lets the others
+// go: admission gives each a finalizer.
+func makeAttributesProtection(ctx context.Context, e env) (run, error) {
+	core, classes := e.cfg.Informers.Core().V1(), e.cfg.Informers.Storage().V1().VolumeAttributesClasses()
+	c, err := vacprotection.NewVACProtectionController(klog.FromContext(ctx), e.deps.Client, core.PersistentVolumeClaims(), core.PersistentVolumes(), classes)
+	if err != nil {
+		return nil, fmt.Errorf("protection of volume attributes classes: %w", err)
+	}
 	return blocking(func(ctx context.Context) { c.Run(ctx, 1) }), nil
 }
 

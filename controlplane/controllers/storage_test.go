@@ -159,6 +159,22 @@ func TestVolumes(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.waitVolume("v-named", corev1.VolumeReleased)
+
+	// A class of attributes, of which nothing is, goes at once.
+	classes, gold := c.client.StorageV1().VolumeAttributesClasses(), "gold"
+	attributes := &storagev1.VolumeAttributesClass{ObjectMeta: metav1.ObjectMeta{Name: gold}, DriverName: "driver.test", Parameters: map[string]string{"a": "b"}}
+	if _, err := classes.Create(ctx, attributes, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := classes.Delete(ctx, gold, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.eventually("the class of attributes to go", func(ctx context.Context) error {
+		if _, err := classes.Get(ctx, gold, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
+			return fmt.Errorf("class: %w", err)
+		}
+		return nil
+	})
 }
 
 func TestAwaits(t *testing.T) {

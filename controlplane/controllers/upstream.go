@@ -8,6 +8,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apiserver/pkg/admission/plugin/policy/validating"
+	"k8s.io/apiserver/pkg/cel/openapi/resolver"
 	"k8s.io/apiserver/pkg/quota/v1/generic"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/metadata"
@@ -19,12 +21,14 @@ import (
 	"k8s.io/kubernetes/pkg/controller/clusterroleaggregation"
 	"k8s.io/kubernetes/pkg/controller/disruption"
 	"k8s.io/kubernetes/pkg/controller/endpoint"
+	"k8s.io/kubernetes/pkg/controller/endpointslicemirroring"
 	"k8s.io/kubernetes/pkg/controller/garbagecollector"
 	"k8s.io/kubernetes/pkg/controller/namespace"
 	"k8s.io/kubernetes/pkg/controller/resourcequota"
 	serviceaccountcontroller "k8s.io/kubernetes/pkg/controller/serviceaccount"
 	"k8s.io/kubernetes/pkg/controller/tainteviction"
 	"k8s.io/kubernetes/pkg/controller/ttlafterfinished"
+	"k8s.io/kubernetes/pkg/controller/validatingadmissionpolicystatus"
 
 	quotainstall "k8s.io/kubernetes/pkg/quota/v1/install"
 	"k8s.io/kubernetes/pkg/serviceaccount"
@@ -36,6 +40,8 @@ const (
 	quotaSyncPeriod     = 5 * time.Minute
 	// discoveryPeriod is how often the collectors of every kind look for new kinds.
 	discoveryPeriod = 30 * time.Second
+	// maxMirrored is how many addresses of one subset of an Endpoints become EndpointSlices.
+	maxMirrored = 1000
 )
 
 // blocking wraps a controller that runs until its context ends and cannot fail.
@@ -168,17 +174,42 @@ func makeResourceQuota(ctx context.Context, e env) (run, error) {
 	}), nil
 }
 
-func makeDisruption(ctx context.Context, e env) (run, error) {
+// scaleClient reads and writes the size of whatever has one.
+func scaleClient(e env) (scale.ScalesGetter, error) {
 	scales, err := scale.NewForConfig(e.rest, e.kinds.mapper, dynamic.LegacyAPIPathResolverFunc,
 		scale.NewDiscoveryScaleKindResolver(e.deps.Client.Discovery()))
 	if err != nil {
 		return nil, fmt.Errorf("scale client: %w", err)
+	}
+	return scales, nil
+}
+
+func makeDisruption(ctx context.Context, e env) (run, error) {
+	scales, err := scaleClient(e)
+	if err != nil {
+		return nil, err
 	}
 	core, apps := e.cfg.Informers.Core().V1(), e.cfg.Informers.Apps().V1()
 	c := disruption.NewDisruptionController(ctx, core.Pods(), e.cfg.Informers.Policy().V1().PodDisruptionBudgets(),
 		core.ReplicationControllers(), apps.ReplicaSets(), apps.Deployments(), apps.StatefulSets(),
 		e.deps.Client, e.kinds.mapper, scales, e.deps.Client.Discovery())
 	return blocking(c.Run), nil
+}
+
+// makePolicyStatus makes the controller that tells, in a ValidatingAdmissionPolicy's status, which of its expressions
+// do not fit the types that it is about. Types are asked of the API server when there is a policy: upstream's table of
+// all of them would stay in memory for as long as the process lives.
+func makePolicyStatus(_ context.Context, e env) (run, error) {
+	policies := e.cfg.Informers.Admissionregistration().V1().ValidatingAdmissionPolicies()
+	c, err := validatingadmissionpolicystatus.NewController(policies, e.deps.Client.AdmissionregistrationV1().ValidatingAdmissionPolicies(),
+		&validating.TypeChecker{
+			SchemaResolver: &resolver.ClientDiscoveryResolver{Discovery: e.deps.Client.Discovery()},
+			RestMapper:     e.kinds.mapper,
+		})
+	if err != nil {
+		return nil, err
+	}
+	return blocking(func(ctx context.Context) { c.Run(ctx, 1) }), nil
 }
 
 func makeTTLAfterFinished(ctx context.Context, e env) (run, error) {
@@ -189,5 +220,14 @@ func makeTTLAfterFinished(ctx context.Context, e env) (run, error) {
 func makeEndpoints(ctx context.Context, e env) (run, error) {
 	core := e.cfg.Informers.Core().V1()
 	c := endpoint.NewEndpointController(ctx, core.Pods(), core.Services(), core.Endpoints(), e.deps.Client, 0)
+	return blocking(func(ctx context.Context) { c.Run(ctx, 5) }), nil
+}
+
+// makeEndpointSliceMirroring keeps EndpointSlices of Endpoints that people write for Services without selector, as nothing
+// else reads those.
+func makeEndpointSliceMirroring(ctx context.Context, e env) (run, error) {
+	core := e.cfg.Informers.Core().V1()
+	c := endpointslicemirroring.NewController(ctx, core.Endpoints(), e.cfg.Informers.Discovery().V1().EndpointSlices(), core.Services(),
+		maxMirrored, e.deps.Client, 0)
 	return blocking(func(ctx context.Context) { c.Run(ctx, 5) }), nil
 }

@@ -3,8 +3,11 @@
 // Package pki is the cluster's certificate authority and the files it keeps.
 //
 //	DIR/ca.{crt,key}                  signs servers, administrators, nodes
+//	DIR/ca-next.{crt,key}             the one to go over to, and ca-previous.crt the one before: see Prepare
+//	DIR/trusted.pem                   certificates of all of these, the one that signs first
 //	DIR/front-proxy-ca.{crt,key}      signs only front-proxy-client: who holds a certificate of it
 //	DIR/front-proxy-client.pem        may assert any user to an aggregated API server
+//	DIR/etcd-ca.{crt,key}             signs members of the store, where there are several
 //	DIR/service-account.{key,pub}     signs service-account tokens
 //	DIR/NAME.pem                      certificate and key, kept by ServerFiles and ClientFiles
 //
@@ -40,6 +43,7 @@ const (
 type Authority struct {
 	dir        string
 	ca         signer
+	trusted    []*x509.Certificate // ca first
 	frontProxy signer
 	saKey      *ecdsa.PrivateKey
 	now        func() time.Time
@@ -63,9 +67,20 @@ func open(dir string, now func() time.Time) (*Authority, error) {
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("pki: %w", err)
 	}
+	if err := finishSwitch(dir); err != nil {
+		return nil, err
+	}
 	a := &Authority{dir: dir, now: now}
 	var err error
 	if a.ca, err = a.openCA("ca", "skep-ca"); err != nil {
+		return nil, fmt.Errorf("pki: %w", err)
+	}
+	besides, err := a.openBesides()
+	if err != nil {
+		return nil, fmt.Errorf("pki: %w", err)
+	}
+	a.trusted = append([]*x509.Certificate{a.ca.cert}, besides...)
+	if err := WriteFile(a.TrustedFile(), a.CAPEM()); err != nil {
 		return nil, fmt.Errorf("pki: %w", err)
 	}
 	if a.frontProxy, err = a.openCA("front-proxy-ca", "skep-front-proxy-ca"); err != nil {
@@ -77,19 +92,31 @@ func open(dir string, now func() time.Time) (*Authority, error) {
 	return a, nil
 }
 
-// CAPEM is the certificate that clients and servers of the cluster trust.
-func (a *Authority) CAPEM() []byte { return a.ca.certPEM }
+// CAPEM are the certificates that clients and servers of the cluster trust: the one that signs, and while the cluster
+// goes over to another authority that one or the one before.
+func (a *Authority) CAPEM() []byte {
+	var out []byte
+	for _, ca := range a.trusted {
+		out = append(out, encodeCert(ca.Raw)...)
+	}
+	return out
+}
 
-// CAFile is the path of CAPEM.
+// TrustedFile is the path of CAPEM.
+func (a *Authority) TrustedFile() string { return a.path("trusted.pem") }
+
+// CAFile is the path of the certificate that signs.
 func (a *Authority) CAFile() string { return a.path("ca.crt") }
 
 // CAKeyFile is the path of the CA's key, for the controller that signs certificate requests.
 func (a *Authority) CAKeyFile() string { return a.path("ca.key") }
 
-// CAPool holds the one certificate of CAPEM.
+// CAPool holds the certificates of CAPEM.
 func (a *Authority) CAPool() *x509.CertPool {
 	pool := x509.NewCertPool()
-	pool.AddCert(a.ca.cert)
+	for _, ca := range a.trusted {
+		pool.AddCert(ca)
+	}
 	return pool
 }
 
@@ -101,6 +128,20 @@ func (a *Authority) ServiceAccountKey() *ecdsa.PrivateKey { return a.saKey }
 
 // FrontProxyCAFile is the path of the certificate that aggregated API servers trust.
 func (a *Authority) FrontProxyCAFile() string { return a.path("front-proxy-ca.crt") }
+
+// Lasting are the paths of what nothing can make again: the authorities, and the key that signs
+// service-account tokens. What is not among them is issued anew where it is missing.
+func (a *Authority) Lasting() ([]string, error) {
+	var out []string
+	for _, pattern := range []string{"*.crt", "*.key", "*.pub"} {
+		paths, err := filepath.Glob(a.path(pattern))
+		if err != nil {
+			return nil, fmt.Errorf("pki: %w", err)
+		}
+		out = append(out, paths...)
+	}
+	return out, nil
+}
 
 func (a *Authority) path(name string) string { return filepath.Join(a.dir, name) }
 
@@ -131,11 +172,18 @@ func (a *Authority) openCA(name, cn string) (signer, error) {
 }
 
 func (a *Authority) createCA(certFile, keyFile, cn string) (signer, error) {
+	s, err := newCA(cn, a.now())
+	if err != nil {
+		return signer{}, err
+	}
+	return s, writePair(certFile, keyFile, s)
+}
+
+func newCA(cn string, now time.Time) (signer, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return signer{}, err
 	}
-	now := a.now()
 	template := &x509.Certificate{
 		Subject:               pkix.Name{CommonName: cn},
 		NotBefore:             now.Add(-skew),
@@ -144,11 +192,7 @@ func (a *Authority) createCA(certFile, keyFile, cn string) (signer, error) {
 		BasicConstraintsValid: true,
 		IsCA:                  true,
 	}
-	s, err := sign(template, key, signer{cert: template, key: key})
-	if err != nil {
-		return signer{}, err
-	}
-	return s, writePair(certFile, keyFile, s)
+	return sign(template, key, signer{cert: template, key: key})
 }
 
 // sign fills in a serial number and signs template for key with parent's key.

@@ -41,6 +41,21 @@ func (a *Authority) FrontProxyClientFiles() (Files, error) {
 	return a.keep("front-proxy-client", a.frontProxy, clientTemplate(FrontProxyClientName, nil))
 }
 
+// PeerFiles keeps a certificate with which this server shows other servers' etcd who it is, on both sides of
+// a connection, signed by the authority of PeerCAFile, which signs nothing else. Both are made where they are missing.
+func (a *Authority) PeerFiles(name string, hosts []string) (Files, error) {
+	ca, err := a.openCA("etcd-ca", "skep-etcd-ca")
+	if err != nil {
+		return Files{}, fmt.Errorf("pki: %w", err)
+	}
+	want := serverTemplate(name, hosts)
+	want.ExtKeyUsage = append(want.ExtKeyUsage, x509.ExtKeyUsageClientAuth)
+	return a.keep("etcd-peer", ca, want)
+}
+
+// PeerCAFile is the path of the authority that members of etcd trust.
+func (a *Authority) PeerCAFile() string { return a.path("etcd-ca.crt") }
+
 // FrontProxyClientName is the only name that aggregated API servers accept as a front proxy.
 const FrontProxyClientName = "front-proxy-client"
 
@@ -62,7 +77,7 @@ func (a *Authority) keep(name string, parent signer, want *x509.Certificate) (Fi
 	if err != nil {
 		return Files{}, err
 	}
-	if err := writeFile(path, slices.Concat(certPEM, keyPEM, parent.certPEM)); err != nil {
+	if err := WriteFile(path, slices.Concat(certPEM, keyPEM, parent.certPEM)); err != nil {
 		return Files{}, fmt.Errorf("pki: %w", err)
 	}
 	return files, nil
@@ -114,7 +129,7 @@ func (a *Authority) openServiceAccountKey() (*ecdsa.PrivateKey, error) {
 		if data, err = encodeKey(key); err != nil {
 			return nil, err
 		}
-		if err := writeFile(path, data); err != nil {
+		if err := WriteFile(path, data); err != nil {
 			return nil, err
 		}
 	} else if err != nil {
@@ -132,7 +147,7 @@ func (a *Authority) openServiceAccountKey() (*ecdsa.PrivateKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return key, writeFile(a.path("service-account.pub"), pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
+	return key, WriteFile(a.path("service-account.pub"), pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
 }
 
 func writePair(certFile, keyFile string, s signer) error {
@@ -140,15 +155,15 @@ func writePair(certFile, keyFile string, s signer) error {
 	if err != nil {
 		return err
 	}
-	if err := writeFile(keyFile, key); err != nil {
+	if err := WriteFile(keyFile, key); err != nil {
 		return err
 	}
-	return writeFile(certFile, s.certPEM)
+	return WriteFile(certFile, s.certPEM)
 }
 
-// writeFile replaces path with data, mode 0600, so that a reader and a crash see the old content or
+// WriteFile replaces path with data, mode 0600, so that a reader and a crash see the old content or
 // the new one.
-func writeFile(path string, data []byte) error {
+func WriteFile(path string, data []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // mode 0600
 	if err != nil {
 		return err
@@ -211,12 +226,16 @@ func parseKey(data []byte) (crypto.Signer, error) {
 	return s, nil
 }
 
-func parsePair(certPEM, keyPEM []byte) (signer, error) {
+func parseCert(certPEM []byte) (*x509.Certificate, error) {
 	block, _ := pem.Decode(certPEM)
 	if block == nil || block.Type != "CERTIFICATE" {
-		return signer{}, errors.New("no certificate in it")
+		return nil, errors.New("no certificate in it")
 	}
-	cert, err := x509.ParseCertificate(block.Bytes)
+	return x509.ParseCertificate(block.Bytes)
+}
+
+func parsePair(certPEM, keyPEM []byte) (signer, error) {
+	cert, err := parseCert(certPEM)
 	if err != nil {
 		return signer{}, err
 	}

@@ -17,7 +17,7 @@ import (
 const callTimeout = 15 * time.Second
 
 // bind writes a decision and, if that fails, takes it back.
-func (s *Scheduler) bind(item *pending, nodeName string) {
+func (s *Scheduler) bind(item *pending, nodeName string, how *choice) {
 	p := item.pod
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)
 	defer cancel()
@@ -33,7 +33,7 @@ func (s *Scheduler) bind(item *pending, nodeName string) {
 		s.mu.Unlock()
 		s.metrics.placed(s.now().Sub(item.since), item.attempts)
 		s.log.Debug("pod bound", "pod", p.key, "node", nodeName)
-		s.recorder.Eventf(p.object, v1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s", p.key.Namespace, p.key.Name, nodeName)
+		s.recorder.Eventf(p.object, v1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s%s", p.key.Namespace, p.key.Name, nodeName, how)
 		return
 	}
 	s.bindingFailed(item, nodeName, fmt.Errorf("running Bind plugin %q: %w", "DefaultBinder", err))
@@ -93,7 +93,7 @@ func (s *Scheduler) forget(item *pending, live *v1.Pod, settled bool) {
 	} else if s.snapshot.pods[uid] != nil {
 		return
 	}
-	if settled && live == nil || live != nil && !ours(live) {
+	if settled && live == nil || live != nil && !s.ours(live) {
 		s.wakeFor(room, now)
 		return
 	}
@@ -146,7 +146,7 @@ func (s *Scheduler) evict(victim, p *pod, nodeName string) {
 	defer cancel()
 	err := patchCondition(ctx, s.client, victim.object, v1.PodCondition{
 		Type: v1.DisruptionTarget, Status: v1.ConditionTrue, Reason: v1.PodReasonPreemptionByScheduler,
-		Message: Name + ": preempting to accommodate a higher priority pod",
+		Message: p.object.Spec.SchedulerName + ": preempting to accommodate a higher priority pod",
 	}, nil)
 	if err == nil {
 		err = s.client.CoreV1().Pods(victim.key.Namespace).Delete(ctx, victim.key.Name,

@@ -16,21 +16,26 @@ const (
 
 // searcher holds the scratch space of decisions, so that one allocates next to nothing.
 type searcher struct {
-	feasible   []*node
-	total, raw []int64
-	why        []string
-	random     *rand.Rand
-	query      query
+	feasible []*node
+	total    []int64
+	parts    [scoreCount][]int64
+	choice   choice // how the last node was chosen
+	why      []string
+	random   *rand.Rand
+	query    query
 }
 
 func newSearcher(seed uint64) *searcher {
-	return &searcher{
+	x := &searcher{
 		feasible: make([]*node, 0, enough),
 		total:    make([]int64, enough),
-		raw:      make([]int64, enough),
 		why:      make([]string, 0, 8),
 		random:   rand.New(rand.NewPCG(seed, seed)),
 	}
+	for i := range x.parts {
+		x.parts[i] = make([]int64, enough)
+	}
+	return x
 }
 
 // decide picks the node for a pod, or says why there is none. It leaves the snapshot as it was, apart
@@ -49,6 +54,7 @@ func (x *searcher) decide(p *pod, s *snapshot) (*node, *diagnosis) {
 	// Where room was made for this pod it goes, if it fits.
 	if n := s.byName[p.nominated]; n != nil && n.object != nil {
 		if v, _ := x.check(q, n); v == fits {
+			x.choice = choice{way: keptRoom}
 			return n, nil
 		}
 	}
@@ -124,23 +130,31 @@ func (x *searcher) checkNominated(q *query, n *node) (verdict, []string) {
 
 // best scores the feasible nodes; among equals it takes one at random.
 func (x *searcher) best(q *query) *node {
+	x.choice = choice{way: onlyChoice, nodes: len(q.snapshot.nodes), compared: len(x.feasible)}
+	if q.pod.nodeNames != nil {
+		x.choice.nodes = len(q.pod.nodeNames) // no others were in question
+	}
 	if len(x.feasible) == 1 {
 		return x.feasible[0]
 	}
-	total, raw := x.total[:len(x.feasible)], x.raw[:len(x.feasible)]
-	runScores(q, x.feasible, total, raw)
-	best, ties := 0, 1
+	total, parts := x.total[:len(x.feasible)], x.parts
+	for i := range parts {
+		parts[i] = parts[i][:len(total)]
+	}
+	runScores(q, x.feasible, total, &parts)
+	chosen, ties := 0, 1
 	for i := 1; i < len(total); i++ {
 		switch {
-		case total[i] > total[best]:
-			best, ties = i, 1
-		case total[i] == total[best]:
+		case total[i] > total[chosen]:
+			chosen, ties = i, 1
+		case total[i] == total[chosen]:
 			if ties++; x.random.IntN(ties) == 0 {
-				best = i
+				chosen = i
 			}
 		}
 	}
-	return x.feasible[best]
+	x.choice.between(x.feasible, chosen, total, &parts)
+	return x.feasible[chosen]
 }
 
 // diagnose asks every node again, now for the reasons: the common, successful way does not collect

@@ -132,8 +132,8 @@ func finished(object *v1.Pod) bool {
 }
 
 // ours says whether an unbound pod is for this scheduler to place now.
-func ours(object *v1.Pod) bool {
-	return object.Spec.SchedulerName == Name && object.DeletionTimestamp == nil && len(object.Spec.SchedulingGates) == 0
+func (s *Scheduler) ours(object *v1.Pod) bool {
+	return s.snapshot.profiles[object.Spec.SchedulerName] != nil && object.DeletionTimestamp == nil && len(object.Spec.SchedulingGates) == 0
 }
 
 func (s *Scheduler) onPod(before, after *v1.Pod) {
@@ -147,9 +147,9 @@ func (s *Scheduler) onPod(before, after *v1.Pod) {
 		s.onPodGone(after)
 	case after.Spec.NodeName != "":
 		s.onBound(newPod(after))
-	case !ours(after):
+	case !s.ours(after):
 		s.onPodGone(after)
-	case before != nil && ours(before) && apiequality.Semantic.DeepEqual(before.Spec, after.Spec) && maps.Equal(before.Labels, after.Labels):
+	case before != nil && s.ours(before) && apiequality.Semantic.DeepEqual(before.Spec, after.Spec) && maps.Equal(before.Labels, after.Labels):
 		// Only status or annotations changed, most likely by our own report: no reason to try again.
 		s.mu.Lock()
 		defer s.mu.Unlock()

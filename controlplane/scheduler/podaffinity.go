@@ -14,10 +14,6 @@ const (
 	reasonAgainst  = "node(s) didn't satisfy existing pods anti-affinity rules"
 )
 
-// hardAffinityWeight is what a pod near those that require it to be near counts (Kubernetes' default
-// of hardPodAffinityWeight).
-const hardAffinityWeight = 1
-
 var (
 	requiredTogether = termKind{required: true}
 	requiredApart    = termKind{required: true, apart: true}

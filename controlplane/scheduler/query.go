@@ -7,6 +7,7 @@ package scheduler
 // displace.
 type query struct {
 	pod      *pod
+	profile  *profile
 	snapshot *snapshot
 	failed   int // the filter that rejected the last node that was rejected
 
@@ -32,7 +33,7 @@ type leaning struct {
 // set starts a new question and keeps the space of the last one.
 func (q *query) set(p *pod, s *snapshot) {
 	*q = query{
-		pod: p, snapshot: s,
+		pod: p, profile: s.profiles.of(p.object), snapshot: s,
 		hard: q.hard[:0], together: q.together[:0], apart: q.apart[:0], against: q.against[:0], leanings: q.leanings[:0], soft: q.soft[:0],
 	}
 }
@@ -64,7 +65,7 @@ func (q *query) resolve() {
 		case other.kind == requiredApart:
 			q.against = append(q.against, other)
 		case other.kind == requiredTogether:
-			q.leanings = append(q.leanings, leaning{&other.census, hardAffinityWeight})
+			q.leanings = append(q.leanings, leaning{&other.census, q.profile.hardAffinity})
 		default:
 			q.leanings = append(q.leanings, leaning{&other.census, other.kind.signed()})
 		}
@@ -77,7 +78,7 @@ func (q *query) resolveScores() {
 	p, t := q.pod, q.snapshot.topology
 	soft := p.soft
 	if len(p.object.Spec.TopologySpreadConstraints) == 0 {
-		soft = defaultConstraints(q.snapshot.workloads.selector(p))
+		soft = q.profile.defaultConstraints(q.snapshot.workloads.selector(p))
 	}
 	for i := range soft {
 		q.soft = append(q.soft, soft[i].tally(p, t))

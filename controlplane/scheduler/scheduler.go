@@ -33,19 +33,20 @@ import (
 	"k8s.io/client-go/tools/record"
 )
 
-// Name is the schedulerName of the pods that this scheduler takes care of, and the source of its
-// events.
+// Name is the schedulerName of the pods that this scheduler takes care of unless it is configured otherwise, and the
+// source of its events.
 const Name = v1.DefaultSchedulerName
 
 // bindingsInFlight bounds the API calls that write decisions.
 const bindingsInFlight = 64
 
-// Config is what the scheduler needs. All fields but Metrics are required.
+// Config is what the scheduler needs. All fields but Metrics and Profiles are required.
 type Config struct {
 	Client    kubernetes.Interface
 	Informers informers.SharedInformerFactory // Pods, Nodes and PodDisruptionBudgets are used
 	Log       *slog.Logger
 	Metrics   prometheus.Registerer
+	Profiles  Profiles // nil: the default profile alone
 }
 
 // Scheduler is a running scheduler.
@@ -124,6 +125,9 @@ func newScheduler(cfg Config, recorder record.EventRecorder) (*Scheduler, error)
 		wake:     make(chan struct{}, 1),
 		slots:    make(chan struct{}, bindingsInFlight),
 	}
+	if cfg.Profiles != nil {
+		s.snapshot.profiles = cfg.Profiles
+	}
 	s.reports = newReporter(cfg.Client, recorder, s.log)
 	var err error
 	if s.metrics, err = newMetrics(cfg.Metrics, s); err != nil {
@@ -175,6 +179,7 @@ func (s *Scheduler) scheduleOne() (started bool, next time.Time) {
 		chosen, failed := s.search.decide(item.pod, s.snapshot)
 		if chosen != nil {
 			volumes, err := s.assume(item, chosen)
+			how := s.search.choice
 			s.mu.Unlock()
 			s.metrics.attempt("scheduled", began)
 			s.work.Go(func() {
@@ -184,7 +189,7 @@ func (s *Scheduler) scheduleOne() (started bool, next time.Time) {
 				}
 				switch {
 				case err == nil:
-					s.bind(item, chosen.name)
+					s.bind(item, chosen.name, &how)
 				case !errors.Is(err, errStopping):
 					s.bindingFailed(item, chosen.name, fmt.Errorf("running PreBind plugin %q: binding volumes: %w", "VolumeBinding", err))
 				}

@@ -36,6 +36,11 @@ type cluster struct {
 
 func startCluster(t *testing.T, objects ...runtime.Object) *cluster {
 	t.Helper()
+	return startClusterOf(t, nil, objects...)
+}
+
+func startClusterOf(t *testing.T, profiles Profiles, objects ...runtime.Object) *cluster {
+	t.Helper()
 	client := fake.NewClientset(objects...)
 	c := &cluster{t: t, client: client}
 	client.PrependReactor("create", "pods", func(action clienttesting.Action) (bool, runtime.Object, error) {
@@ -70,7 +75,7 @@ func startCluster(t *testing.T, objects ...runtime.Object) *cluster {
 	factory := informers.NewSharedInformerFactory(client, 0)
 	done := make(chan error, 1)
 	go func() {
-		done <- Run(ctx, Config{Client: client, Informers: factory, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry()})
+		done <- Run(ctx, Config{Client: client, Informers: factory, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), Profiles: profiles})
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -208,6 +213,22 @@ func TestLeavesOthersAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.isOn("gated", "a")
+}
+
+// Pods of every profile are scheduled, each as its own says, and the event explains it.
+func TestProfilesOfOneScheduler(t *testing.T) {
+	c := startClusterOf(t, mustParse(t, packing), testNode("empty"), testNode("half"), testPod("there", onNode("half"), asks("cpu", "2", "memory", "4Gi")))
+	c.create(testPod("packed", bySchedulerNamed("packing"), asks("cpu", "1", "memory", "2Gi")))
+	c.isOn("packed", "half")
+	c.event("Scheduled", "Successfully assigned default/packed to half, with a score of 1050 the best of 2 that fit; next is empty with 550 (NodeResourcesFit 750, there 250)")
+	c.create(testPod("spread", asks("cpu", "1", "memory", "2Gi")))
+	c.isOn("spread", "empty")
+	c.create(testPod("others", bySchedulerNamed("mine")))
+	c.create(testPod("last", asks("cpu", "1")))
+	c.eventually("the last is somewhere", func() bool { p := c.pod("last"); return p != nil && p.Spec.NodeName != "" })
+	if on := c.pod("others").Spec.NodeName; on != "" {
+		t.Errorf("a pod of a scheduler that is not configured was bound to %s", on)
+	}
 }
 
 func TestFailedBindings(t *testing.T) {

@@ -21,15 +21,18 @@ type score struct {
 	scale func(raw []int64)
 }
 
-// scores is the list, with Kubernetes' default weights.
-var scores = [...]score{
+// scoreCount stands apart because profiles have as many weights, and scores ask profiles.
+const scoreCount = 7
+
+// scores is the list, with Kubernetes' names and default weights; profiles may have others.
+var scores = [scoreCount]score{
 	{"TaintToleration", 3, nil, each(softTaints), scaleLowest},
 	{"NodeAffinity", 2, func(q *query) bool { return q.pod.preferred != nil }, each(preferredAffinity), scaleHighest},
 	{"PodTopologySpread", 2, func(q *query) bool { return len(q.soft) > 0 }, spreadScores, scaleSpread},
 	{"InterPodAffinity", 2, func(q *query) bool { return len(q.leanings) > 0 }, affinityScores, scaleRange},
-	{"LeastAllocated", 1, nil, each(leastAllocated), nil},
+	{"NodeResourcesFit", 1, nil, resourceScores, nil},
 	// A pod without requests changes no balance, and would always go to the same node.
-	{"BalancedAllocation", 1, func(q *query) bool { return q.pod.requests.milliCPU > 0 || q.pod.requests.memory > 0 }, each(balancedAllocation), nil},
+	{"NodeResourcesBalancedAllocation", 1, func(q *query) bool { return q.pod.requests.milliCPU > 0 || q.pod.requests.memory > 0 }, each(balancedAllocation), nil},
 	{"ImageLocality", 1, func(q *query) bool { return len(q.pod.images) > 0 }, each(imageLocality), nil},
 }
 
@@ -42,21 +45,23 @@ func each(one func(p *pod, n *node, s *snapshot) int64) func(*query, []*node, []
 	}
 }
 
-// runScores fills total (as long as nodes) and uses raw (as long) as scratch space.
-func runScores(q *query, nodes []*node, total, raw []int64) {
+// runScores fills total, and of each score what it gives the nodes, with its weight. All are as long as nodes.
+func runScores(q *query, nodes []*node, total []int64, parts *[scoreCount][]int64) {
 	q.resolveScores()
 	clear(total)
 	for i := range scores {
-		sc := &scores[i]
-		if sc.applies != nil && !sc.applies(q) {
+		sc, weight, part := &scores[i], q.profile.weights[i], parts[i]
+		if weight == 0 || sc.applies != nil && !sc.applies(q) {
+			clear(part)
 			continue
 		}
-		sc.of(q, nodes, raw)
+		sc.of(q, nodes, part)
 		if sc.scale != nil {
-			sc.scale(raw)
+			sc.scale(part)
 		}
 		for j := range nodes {
-			total[j] += sc.weight * raw[j]
+			part[j] *= weight
+			total[j] += part[j]
 		}
 	}
 }
@@ -94,24 +99,38 @@ func preferredAffinity(p *pod, n *node, _ *snapshot) int64 {
 	return p.preferred.Score(n.object)
 }
 
-// leastAllocated is the part of cpu and memory that stays free, averaged.
-func leastAllocated(p *pod, n *node, _ *snapshot) int64 {
-	var sum, resources int64
-	free := func(requested, allocatable int64) {
-		if allocatable == 0 {
-			return
-		}
-		resources++
-		if requested <= allocatable {
-			sum += (allocatable - requested) * maxScore / allocatable
+// resourceScores are the part of cpu and memory that stays free, averaged; of what is taken, where the profile packs.
+func resourceScores(q *query, nodes []*node, raw []int64) {
+	r, p := &q.pod.requests, q.profile
+	part := leftFree
+	if p.packs {
+		part = taken
+	}
+	for i, n := range nodes {
+		cpu, cpuWeight := part(n.scoredCPU+r.scoredCPU, n.allocatable.milliCPU, p.cpuWeight)
+		memory, memoryWeight := part(n.scoredMemory+r.scoredMemory, n.allocatable.memory, p.memoryWeight)
+		if raw[i] = 0; cpuWeight+memoryWeight > 0 {
+			raw[i] = (cpu*cpuWeight + memory*memoryWeight) / (cpuWeight + memoryWeight)
 		}
 	}
-	free(n.scoredCPU+p.requests.scoredCPU, n.allocatable.milliCPU)
-	free(n.scoredMemory+p.requests.scoredMemory, n.allocatable.memory)
-	if resources == 0 {
-		return 0
+}
+
+// leftFree and taken are parts of maxScore; what a node does not have weighs nothing.
+func leftFree(requested, allocatable, weight int64) (part, weighs int64) {
+	switch {
+	case allocatable == 0:
+		return 0, 0
+	case requested > allocatable:
+		return 0, weight
 	}
-	return sum / resources
+	return (allocatable - requested) * maxScore / allocatable, weight
+}
+
+func taken(requested, allocatable, weight int64) (part, weighs int64) {
+	if allocatable == 0 {
+		return 0, 0
+	}
+	return min(requested, allocatable) * maxScore / allocatable, weight
 }
 
 // balancedAllocation prefers nodes on which the pod brings the used parts of cpu and memory closer

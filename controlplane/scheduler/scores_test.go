@@ -3,7 +3,6 @@
 package scheduler
 
 import (
-	"slices"
 	"testing"
 
 	v1 "k8s.io/api/core/v1"
@@ -26,19 +25,19 @@ func TestScores(t *testing.T) {
 		{"TaintToleration", "one of two", testPod("p"), testNode("a", tainted("k", v1.TaintEffectPreferNoSchedule)),
 			testNode("b", tainted("k", v1.TaintEffectPreferNoSchedule), tainted("l", v1.TaintEffectPreferNoSchedule)), nil, [2]int64{50, 0}},
 		{"NodeAffinity", "preferred", testPod("p", prefers(7, "disk", "ssd")), testNode("a", labelled("disk", "ssd")), testNode("b"), nil, [2]int64{100, 0}},
-		{"LeastAllocated", "emptier", testPod("p", asks("cpu", "1", "memory", "2Gi")), testNode("a"), testNode("b"),
+		{"NodeResourcesFit", "emptier", testPod("p", asks("cpu", "1", "memory", "2Gi")), testNode("a"), testNode("b"),
 			[]*v1.Pod{testPod("q", onNode("a"), asks("cpu", "2", "memory", "4Gi"))}, [2]int64{25, 75}},
-		{"LeastAllocated", "pods that ask for nothing count too", testPod("p", asks("cpu", "0", "memory", "0")), testNode("a", gives("cpu", "1", "memory", "2000Mi")),
+		{"NodeResourcesFit", "pods that ask for nothing count too", testPod("p", asks("cpu", "0", "memory", "0")), testNode("a", gives("cpu", "1", "memory", "2000Mi")),
 			testNode("b", gives("cpu", "1", "memory", "2000Mi")), []*v1.Pod{testPod("q", onNode("a"))}, [2]int64{90, 100}},
-		{"LeastAllocated", "overdrawn", testPod("p", asks("cpu", "8", "memory", "16Gi")), testNode("a"), testNode("b"), nil, [2]int64{0, 0}},
-		{"BalancedAllocation", "evens out", testPod("p", asks("cpu", "2", "memory", "0")), testNode("a"), testNode("b"),
+		{"NodeResourcesFit", "overdrawn", testPod("p", asks("cpu", "8", "memory", "16Gi")), testNode("a"), testNode("b"), nil, [2]int64{0, 0}},
+		{"NodeResourcesBalancedAllocation", "evens out", testPod("p", asks("cpu", "2", "memory", "0")), testNode("a"), testNode("b"),
 			[]*v1.Pod{testPod("q", onNode("a"), asks("memory", "4Gi"))}, [2]int64{87, 62}},
 		{"ImageLocality", "has the image", testPod("p"), testNode("a", hasImage("app:1", 1000*mega)), testNode("b"), nil, [2]int64{48, 0}},
 		{"ImageLocality", "small images do not matter", testPod("p"), testNode("a", hasImage("app:1", 20*mega)), testNode("b"), nil, [2]int64{0, 0}},
 	} {
 		t.Run(c.score+"/"+c.name, func(t *testing.T) {
 			s := testSnapshot([]*v1.Node{c.a, c.b}, c.on...)
-			sc := scores[slices.IndexFunc(scores[:], func(sc score) bool { return sc.name == c.score })]
+			sc := scores[scoreNamed(c.score)]
 			var got [2]int64
 			sc.of(newSearcher(1).ask(newPendingPod(c.pod), s), []*node{s.byName["a"], s.byName["b"]}, got[:])
 			if sc.scale != nil {

@@ -21,6 +21,7 @@ type snapshot struct {
 	topology   *topology
 	workloads  *workloads
 	storage    *storage
+	profiles   Profiles
 	// next is where the search for the next pod starts, so that all nodes are looked at in turn.
 	next int
 }
@@ -28,7 +29,7 @@ type snapshot struct {
 func newSnapshot() *snapshot {
 	return &snapshot{
 		byName: map[string]*node{}, pods: map[types.UID]*pod{}, imageNodes: map[string]int{}, priorities: map[int32]int{},
-		topology: newTopology(), workloads: newWorkloads(), storage: newStorage(),
+		topology: newTopology(), workloads: newWorkloads(), storage: newStorage(), profiles: DefaultProfiles(),
 	}
 }
 

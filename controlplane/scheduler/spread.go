@@ -143,16 +143,16 @@ func toleratesHard(p *pod, n *node) bool {
 	return true
 }
 
-// defaultConstraints are Kubernetes' own for pods that have none: replicas spread over nodes, and
-// more so over zones. A nil selector means no replicas.
-func defaultConstraints(namespace string, selector labels.Selector) []spreadConstraint {
+// defaultConstraints are for pods that have none. A nil selector means no replicas.
+func (p *profile) defaultConstraints(namespace string, selector labels.Selector) []spreadConstraint {
 	if selector == nil || selector.Empty() {
 		return nil
 	}
-	return []spreadConstraint{
-		newSpreadConstraint(namespace, 3, v1.LabelHostname, selector),
-		newSpreadConstraint(namespace, 5, v1.LabelTopologyZone, selector),
+	all := make([]spreadConstraint, len(p.spreads))
+	for i, s := range p.spreads {
+		all[i] = newSpreadConstraint(namespace, s.maxSkew, s.key, selector)
 	}
+	return all
 }
 
 // topologySpread rejects a node in whose domain there would be more pods, by more than maxSkew, than
@@ -178,7 +178,7 @@ func topologySpread(q *query, n *node, why []string) (verdict, []string) {
 // spreadScores sets raw[i] to how crowded the domains of nodes[i] are, -1 where the pod's own
 // constraints do not apply.
 func spreadScores(q *query, nodes []*node, raw []int64) {
-	own := len(q.pod.object.Spec.TopologySpreadConstraints) > 0
+	own := q.profile.ownSpreads || len(q.pod.object.Spec.TopologySpreadConstraints) > 0
 	applies := func(n *node) bool {
 		if !own {
 			return true // nodes without a zone still spread by their names

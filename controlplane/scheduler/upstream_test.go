@@ -259,7 +259,7 @@ func compareScores(t *rapid.T, name string, u *upstream, q *query, s *snapshot, 
 		return
 	}
 	want := u.scores(t, object, infos)
-	sc := scores[slices.IndexFunc(scores[:], func(sc score) bool { return sc.name == name })]
+	sc := scores[scoreNamed(name)]
 	got := make([]int64, len(nodes))
 	if sc.applies(q) {
 		sc.of(q, nodes, got)

@@ -76,6 +76,7 @@ func drawStorage(t *rapid.T, s *storage) (objects []runtime.Object) {
 		object.Spec.Capacity = v1.ResourceList{v1.ResourceStorage: resource.MustParse(rapid.SampledFrom(sizes).Draw(t, "size"))}
 		object.Labels = map[string]string{"disk": rapid.SampledFrom([]string{"x", "y"}).Draw(t, "disk")}
 		object.Status.Phase = rapid.SampledFrom([]v1.PersistentVolumePhase{v1.VolumeAvailable, v1.VolumeAvailable, v1.VolumePending, v1.VolumeBound, v1.VolumeReleased}).Draw(t, "phase")
+		object.Spec.VolumeMode = drawVolumeMode(t)
 		if rapid.IntRange(0, 2).Draw(t, "claimed") == 0 {
 			object.Spec.ClaimRef = &v1.ObjectReference{Namespace: "default", Name: fmt.Sprint("c", i)} // one volume a claim
 		}
@@ -89,6 +90,7 @@ func drawStorage(t *rapid.T, s *storage) (objects []runtime.Object) {
 		object := testClaim(named(name), ofClass(rapid.SampledFrom(classes).Draw(t, "class")))
 		object.Spec.AccessModes = []v1.PersistentVolumeAccessMode{rapid.SampledFrom([]v1.PersistentVolumeAccessMode{v1.ReadWriteOnce, v1.ReadWriteOnce, v1.ReadWriteMany}).Draw(t, "mode")}
 		object.Spec.Resources.Requests = v1.ResourceList{v1.ResourceStorage: resource.MustParse(rapid.SampledFrom(sizes).Draw(t, "size"))}
+		object.Spec.VolumeMode = drawVolumeMode(t)
 		switch rapid.IntRange(0, 9).Draw(t, "state") {
 		case 0, 1, 2:
 			boundTo(rapid.SampledFrom([]string{"v0", "v1", "v2", "gone"}).Draw(t, "volume"))(object)
@@ -107,6 +109,11 @@ func drawStorage(t *rapid.T, s *storage) (objects []runtime.Object) {
 		objects = append(objects, object)
 	}
 	return objects
+}
+
+// drawVolumeMode is nil, which means a file system, more often than a block device.
+func drawVolumeMode(t *rapid.T) *v1.PersistentVolumeMode {
+	return rapid.SampledFrom([]*v1.PersistentVolumeMode{nil, nil, pointer(v1.PersistentVolumeFilesystem), pointer(v1.PersistentVolumeBlock)}).Draw(t, "volume mode")
 }
 
 // TestVolumesLikeUpstream asks kube-scheduler's own VolumeBinding about random claims, volumes and nodes.

@@ -6,8 +6,9 @@
 //	                │                     │                    │
 //	            ErrLocked            ErrCorrupt        ErrCorrupt, ErrNoSpace
 //
-// There is no client or peer listener: nothing outside the process can talk to etcd, and nothing
-// inside pays for a socket. Every write is synced to disk before it is acknowledged.
+// There is no client listener: nothing outside the process can talk to etcd, and nothing inside pays for
+// a socket. Only a member of several (Config.Cluster) listens, for the others, by mutual TLS. It joins as
+// a learner, and Open returns when it has a vote. Every write is synced to disk before it is acknowledged.
 //
 // etcd answers a failure it cannot survive (a broken log, a full disk) by ending the process. Here
 // the goroutine that met it ends instead, Failed() is closed and Err() says what to do, so that the

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 
+	etcderrors "go.etcd.io/etcd/server/v3/etcdserver/errors"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 )
@@ -41,12 +42,7 @@ func (f *failure) set(err error) {
 
 // classify gives etcd's last words a sentinel and a remedy.
 func classify(dir, message string, fields []zapcore.Field) error {
-	var cause error
-	for _, field := range fields {
-		if err, ok := field.Interface.(error); ok && field.Type == zapcore.ErrorType {
-			cause = err
-		}
-	}
+	cause := causeOf(fields)
 	switch {
 	case errors.Is(cause, syscall.ENOSPC):
 		return fmt.Errorf("%w: %s: %s: %w; free some space and start again", ErrNoSpace, dir, message, cause)
@@ -56,6 +52,16 @@ func classify(dir, message string, fields []zapcore.Field) error {
 		return fmt.Errorf("%w: %s: %s: %w; restore the directory from a backup, or move it away to start an empty cluster", ErrCorrupt, dir, message, cause)
 	}
 	return fmt.Errorf("%w: %s: %s", ErrFailed, dir, message)
+}
+
+// causeOf is the last error among fields.
+func causeOf(fields []zapcore.Field) (cause error) {
+	for _, field := range fields {
+		if err, ok := field.Interface.(error); ok && field.Type == zapcore.ErrorType {
+			cause = err
+		}
+	}
+	return cause
 }
 
 // newLogger gives etcd a zap logger that writes to log from level warn on (its own start is told
@@ -72,6 +78,12 @@ var expected = map[string]bool{
 	"Failed to detect schema version":                                                      true,
 	"failed to update storage version":                                                     true,
 }
+
+// unpublished is what etcd says when it cannot tell the others its name. After the start of a member with more than 5,000
+// entries in its log it refuses itself for as long as it applies the latest again, since it counts from none of them
+// (etcdserver's maxGapBetweenApplyAndCommitIndex), and tries again without a pause: thousands of lines. Another reason is
+// worth one.
+const unpublished = "failed to publish local member to cluster through raft"
 
 type slogCore struct{ log *slog.Logger }
 
@@ -104,6 +116,9 @@ func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Che
 }
 
 func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	if e.Message == unpublished && errors.Is(causeOf(fields), etcderrors.ErrTooManyRequests) {
+		e.Level = zapcore.DebugLevel
+	}
 	c.log.Log(context.Background(), slogLevel(e.Level), e.Message, attrs(fields)...)
 	return nil
 }

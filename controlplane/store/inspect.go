@@ -14,7 +14,9 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
+	etcdversion "go.etcd.io/etcd/api/v3/version"
 	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/util/version"
 )
 
 // Free bytes that a start asks for. etcd preallocates two log segments of 64 MB each when it
@@ -30,6 +32,7 @@ type onDisk struct {
 	db        bool   // the database file has content
 	dbErr     error  // why the database cannot be opened
 	committed bool   // the database has applied at least one log entry
+	version   string // of the newest etcd that wrote the database, as far as it says so
 	free      uint64 // bytes available on the file system
 }
 
@@ -61,13 +64,13 @@ func inspect(dir string) (onDisk, error) {
 		return d, nil
 	}
 	d.db = true
-	d.committed, d.dbErr = peek(db)
+	d.committed, d.version, d.dbErr = peek(db)
 	return d, nil
 }
 
-// peek opens a bolt database read-only, walks its root and says whether etcd has applied an entry.
+// peek opens a bolt database read-only, walks its root and says whether etcd has applied an entry, and which etcd wrote it.
 // bolt maps the file: a file cut short shows as SIGBUS and a broken page as a panic.
-func peek(path string) (committed bool, err error) {
+func peek(path string) (committed bool, newest string, err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {
@@ -77,12 +80,12 @@ func peek(path string) (committed bool, err error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{ReadOnly: true, Timeout: time.Second})
 	if err != nil {
 		if errors.Is(err, bolterrors.ErrTimeout) {
-			return false, ErrLocked
+			return false, "", ErrLocked
 		}
-		return false, err
+		return false, "", err
 	}
 	defer db.Close()
-	return committed, db.View(func(tx *bolt.Tx) error {
+	err = db.View(func(tx *bolt.Tx) error {
 		if size := tx.Size(); size > 0 {
 			fi, err := os.Stat(path)
 			if err != nil {
@@ -93,14 +96,36 @@ func peek(path string) (committed bool, err error) {
 			}
 		}
 		return tx.ForEach(func(name []byte, b *bolt.Bucket) error {
-			if string(name) == "meta" {
+			switch string(name) {
+			case "meta":
 				for _, c := range b.Get([]byte("consistent_index")) {
 					committed = committed || c != 0
 				}
+				newest = newer(newest, string(b.Get([]byte("storageVersion"))))
+			case "cluster":
+				newest = newer(newest, string(b.Get([]byte("clusterVersion"))))
 			}
 			return nil
 		})
 	})
+	return committed, newest, err
+}
+
+// newer is the later one of two versions; what is none is older than any.
+func newer(a, b string) string {
+	av, aErr := version.ParseSemantic(a)
+	bv, bErr := version.ParseSemantic(b)
+	if bErr != nil || aErr == nil && !av.LessThan(bv) {
+		return a
+	}
+	return b
+}
+
+// tooNew says whether a database is of a later minor version than this etcd, which could misread it.
+func tooNew(found string) bool {
+	v, err := version.ParseSemantic(found)
+	own := version.MustParseSemantic(etcdversion.Version)
+	return err == nil && (v.Major() > own.Major() || v.Major() == own.Major() && v.Minor() > own.Minor())
 }
 
 // judge says whether etcd may start on what inspect found. A directory with half of its parts is
@@ -112,6 +137,8 @@ func judge(d onDisk, dir string) error {
 		return fmt.Errorf("%w: another process has opened the database in %s; stop it", ErrLocked, dir)
 	case d.dbErr != nil:
 		return fmt.Errorf("%w: %s/member/snap/db: %w; %s", ErrCorrupt, dir, d.dbErr, remedy)
+	case tooNew(d.version):
+		return fmt.Errorf("%w: %s was written by etcd %s, and this is %s; start the version of skep that wrote it, or a later one, or restore a snapshot of before", ErrTooNew, dir, d.version, etcdversion.Version)
 	case d.wal && !d.db:
 		return fmt.Errorf("%w: %s has a write-ahead log but no database; %s", ErrCorrupt, dir, remedy)
 	case !d.wal && d.committed:

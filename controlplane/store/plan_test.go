@@ -29,6 +29,10 @@ func TestJudge(t *testing.T) {
 		"new, no room":                   {onDisk{free: minFreeNew - 1}, ErrNoSpace},
 		"existing needs less":            {onDisk{wal: true, db: true, free: minFreeExisting}, nil},
 		"existing, no room":              {onDisk{wal: true, db: true, free: minFreeExisting - 1}, ErrNoSpace},
+		"of a later etcd":                {onDisk{wal: true, db: true, committed: true, version: "3.7.0", free: plenty}, ErrTooNew},
+		"of a much later etcd":           {onDisk{wal: true, db: true, version: "4.0.0", free: plenty}, ErrTooNew},
+		"of an earlier etcd":             {onDisk{wal: true, db: true, version: "3.5.0", free: plenty}, nil},
+		"of no etcd that says so":        {onDisk{wal: true, db: true, version: "?", free: plenty}, nil},
 		"corrupt is told before no room": {onDisk{wal: true}, ErrCorrupt},
 	}
 	for name, tt := range tests {

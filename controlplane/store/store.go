@@ -16,6 +16,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.etcd.io/raft/v3/raftpb"
@@ -32,6 +33,10 @@ type Config struct {
 	DataDir string
 	// LockWait is how long to wait for another process that holds DataDir; 0 fails at once.
 	LockWait time.Duration
+	// Cluster, when set, makes the store one member of several; nil is a single one that nobody can reach.
+	Cluster *Cluster
+	// External, when set, is the etcd to use instead of one in this process.
+	External *External
 	// Log receives etcd's own messages too.
 	Log *slog.Logger
 }
@@ -39,7 +44,8 @@ type Config struct {
 // Store is one running etcd member.
 type Store struct {
 	client  *clientv3.Client
-	etcd    *embed.Etcd
+	etcd    *embed.Etcd          // nil where it is external
+	session *concurrency.Session // with an external one
 	failure *failure
 	lock    *os.File
 	cancel  context.CancelFunc
@@ -79,17 +85,34 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	s := &Store{failure: newFailure(dir), lock: lock}
-	if err := s.start(ctx, dir, log); err != nil {
+	if cfg.External != nil {
+		err = s.connect(ctx, *cfg.External, log)
+	} else {
+		err = s.start(ctx, dir, cfg.Cluster, log)
+	}
+	if err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("store: %w", err)
 	}
 	loopCtx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
+	if cfg.External != nil {
+		s.loops.Go(func() { s.watchClaim(loopCtx) })
+		return s, nil
+	}
 	s.loops.Go(func() { s.defragLoop(loopCtx, log) })
+	if cfg.Cluster != nil {
+		s.loops.Go(func() { s.watchRemoval(loopCtx) })
+		s.loops.Go(func() {
+			if err := s.boundSilence(loopCtx, cfg.Cluster.URL); err != nil {
+				log.Error("after a partition this server may take a while to find the others", "error", err)
+			}
+		})
+	}
 	return s, nil
 }
 
-func (s *Store) start(ctx context.Context, dir string, log *slog.Logger) error {
+func (s *Store) start(ctx context.Context, dir string, cluster *Cluster, log *slog.Logger) error {
 	if err := os.Chmod(dir, 0o700); err != nil { // etcd refuses anything wider
 		return err
 	}
@@ -101,9 +124,15 @@ func (s *Store) start(ctx context.Context, dir string, log *slog.Logger) error {
 		return err
 	}
 
-	starting.Lock()
-	defer starting.Unlock()
 	cfg := etcdConfig(dir)
+	if cluster != nil {
+		if err := cluster.apply(cfg); err != nil {
+			return err
+		}
+	} else {
+		starting.Lock()
+		defer starting.Unlock()
+	}
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(newLogger(log, s.failure))
 	started := make(chan error, 1)
 	go func() {
@@ -125,7 +154,12 @@ func (s *Store) start(ctx context.Context, dir string, log *slog.Logger) error {
 	case <-s.failure.ch:
 		return s.failure.err
 	}
-	if err := s.campaign(ctx); err != nil {
+	if cluster == nil {
+		err = s.campaign(ctx)
+	} else {
+		err = s.becomeVoter(ctx, *cluster, log)
+	}
+	if err != nil {
 		return err
 	}
 	s.client = v3client.New(s.etcd.Server)
@@ -230,9 +264,14 @@ func (s *Store) Close() error {
 		closed := make(chan struct{})
 		go func() {
 			defer close(closed)
+			if s.session != nil {
+				_ = s.session.Close() // without it the claim ends by itself
+			}
 			// A client's Close reports that its context was cancelled, which is what it does.
 			_ = s.client.Close()
-			s.etcd.Close()
+			if s.etcd != nil {
+				s.etcd.Close()
+			}
 		}()
 		select {
 		case <-closed:

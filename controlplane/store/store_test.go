@@ -11,10 +11,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	bolt "go.etcd.io/bbolt"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -317,6 +319,51 @@ func TestCorruptDataIsRefusedAndLeftAlone(t *testing.T) {
 				if get(t, s, fmt.Sprint("key", i)) == "" {
 					t.Fatalf("key%d is lost", i)
 				}
+			}
+		})
+	}
+}
+
+// What a later etcd has written is refused, whichever of its two places says so, and left alone.
+func TestDataOfALaterVersionIsRefusedAndLeftAlone(t *testing.T) {
+	for bucket, key := range map[string]string{"meta": "storageVersion", "cluster": "clusterVersion"} {
+		t.Run(key, func(t *testing.T) {
+			dir := t.TempDir()
+			s := open(t, dir)
+			put(t, s, "a", "b")
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			write := func(value string) (before string) {
+				t.Helper()
+				db, err := bolt.Open(filepath.Join(dir, "etcd/member/snap/db"), 0o600, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				err = db.Update(func(tx *bolt.Tx) error {
+					b := tx.Bucket([]byte(bucket))
+					before = string(b.Get([]byte(key)))
+					if value == "" {
+						return b.Delete([]byte(key))
+					}
+					return b.Put([]byte(key), []byte(value))
+				})
+				if err := errors.Join(err, db.Close()); err != nil {
+					t.Fatal(err)
+				}
+				return before
+			}
+			was := write("3.99.0")
+			before := snapshotTree(t, dir)
+			if _, err := Open(t.Context(), Config{DataDir: dir}); !errors.Is(err, ErrTooNew) || !strings.Contains(err.Error(), "3.99.0") {
+				t.Fatalf("%v", err)
+			}
+			if after := snapshotTree(t, dir); !reflect.DeepEqual(before, after) {
+				t.Error("it was changed")
+			}
+			write(was)
+			if s := open(t, dir); get(t, s, "a") != "b" {
+				t.Error("what was there is lost")
 			}
 		})
 	}

@@ -104,6 +104,7 @@ func (s state) lifetime(proto uint8, life Lifetimes) time.Duration {
 // Table is where flows are.
 type Table interface {
 	Flows() (map[maps.Tuple]maps.Flow, error)
+	Tally() (Tally, error)
 	// Forget deletes a flow only if its last_seen is what was read.
 	Forget(t maps.Tuple, lastSeen uint64) error
 }
@@ -113,15 +114,47 @@ type Collector struct {
 	Table     Table
 	Lifetimes Lifetimes
 	Log       *slog.Logger
-	// Observe is told the number of flows and of those removed, after each pass. May be nil.
-	Observe func(flows, removed int)
+	// Room is how many flows of one protocol fit: the fuller its map, the sooner the next pass.
+	Room int
+	// Observe is told of each pass. May be nil.
+	Observe func(Pass)
+
+	evictions evictions
 }
+
+// Pass is what one found and did.
+type Pass struct {
+	TCP, UDP int // flows found; UDP also counts what is neither
+	Removed  int
+	Evicted  ByProtocol // at least, since the maps were made
+	Failed   ByProtocol // could not be noted, since the maps were made
+}
+
+// Flows found in all.
+func (p Pass) Flows() int { return p.TCP + p.UDP }
 
 // Passes come sooner when much was found.
 const (
 	shortest = 5 * time.Second
+	middle   = 15 * time.Second
 	longest  = time.Minute
 )
+
+// Bounds of a map's size. A flow takes about 200 bytes, all of them from the start, as the kernel's lists of what was
+// used last are made of elements that are there.
+const (
+	Least  = 1 << 10 // that an operator may ask for
+	Fewest = 1 << 16 // by default
+	Most   = 1 << 22
+	// perFlow is how much memory a machine has for each flow of one protocol: of 24 GiB the maps take 40 MB. (Netfilter
+	// gives a flow 16 KiB of a machine up to 4 GiB and never more than 262,144, but takes what it needs only.)
+	perFlow = 1 << 18
+)
+
+// Max is how many flows of each protocol fit by default on a machine with so many bytes of memory.
+func Max(memory uint64) uint32 {
+	return uint32(min(max(memory/perFlow, Fewest), Most))
+}
 
 // Run collects until ctx ends.
 func (c *Collector) Run(ctx context.Context) {
@@ -134,44 +167,65 @@ func (c *Collector) Run(ctx context.Context) {
 			return
 		case <-timer.C:
 		}
-		flows, removed, err := c.Collect()
+		pass, err := c.Collect()
 		if err != nil {
 			c.Log.Error("flows were not collected, will retry", "err", err)
 		}
-		delay = next(delay, flows, removed)
+		delay = next(delay, pass, c.Room)
 		timer.Reset(delay)
 	}
 }
 
-func next(delay time.Duration, flows, removed int) time.Duration {
-	if removed*4 > flows {
+// next says when to look again: soon after much was found or when a map is three quarters full, as what does not fit
+// drives out a flow that may be alive; not late when it is half full.
+func next(delay time.Duration, p Pass, room int) time.Duration {
+	fullest := max(p.TCP, p.UDP) - p.Removed
+	switch {
+	case p.Removed*4 > p.Flows(), room > 0 && fullest*4 > room*3:
 		return shortest
+	case room > 0 && fullest*2 > room:
+		return min(delay*2, middle)
 	}
 	return min(delay*2, longest)
 }
 
 // Collect makes one pass.
-func (c *Collector) Collect() (flows, removed int, err error) {
+func (c *Collector) Collect() (p Pass, err error) {
+	before, err := c.Table.Tally()
+	if err != nil {
+		return p, err
+	}
 	all, err := c.Table.Flows()
 	if err != nil {
-		return 0, 0, err
+		return p, err
+	}
+	after, err := c.Table.Tally()
+	if err != nil {
+		return p, err
 	}
 	now, err := Now()
 	if err != nil {
-		return 0, 0, err
+		return p, err
 	}
-	flows = len(all)
-	expired := Plan(all, now, c.Lifetimes)
-	for _, e := range expired {
-		if err := c.Table.Forget(e.Tuple, e.LastSeen); err != nil {
-			return flows, removed, fmt.Errorf("flow %v: %w", e.Tuple, err)
+	for t := range all {
+		if t.Proto == maps.TCP {
+			p.TCP++
+		} else {
+			p.UDP++
 		}
-		removed++
+	}
+	p.Failed = after.Failed
+	p.Evicted = c.evictions.add(before, after, ByProtocol{uint64(p.TCP), uint64(p.UDP)})
+	for _, e := range Plan(all, now, c.Lifetimes) {
+		if err := c.Table.Forget(e.Tuple, e.LastSeen); err != nil {
+			return p, fmt.Errorf("flow %v: %w", e.Tuple, err)
+		}
+		p.Removed++
 	}
 	if c.Observe != nil {
-		c.Observe(flows, removed)
+		c.Observe(p)
 	}
-	return flows, removed, nil
+	return p, nil
 }
 
 // Now reads the clock that programs stamp flows with.

@@ -103,6 +103,8 @@ func (x *table) Flows() (map[maps.Tuple]maps.Flow, error) {
 	return x.flows, nil
 }
 
+func (x *table) Tally() (Tally, error) { return Tally{}, nil }
+
 func (x *table) Forget(t maps.Tuple, lastSeen uint64) error {
 	if x.flows[t].LastSeen == lastSeen {
 		delete(x.flows, t)
@@ -114,16 +116,58 @@ func TestCollect(t *testing.T) {
 	x := tuple(maps.UDP, "10.0.0.1:1", "10.0.0.2:2")
 	tab := &table{flows: map[maps.Tuple]maps.Flow{x: {LastSeen: 1}}}
 	c := Collector{Table: tab, Lifetimes: Lifetimes{}}
-	if _, _, err := c.Collect(); err == nil {
+	if _, err := c.Collect(); err == nil {
 		t.Error("no error")
 	}
-	if flows, removed, err := c.Collect(); flows != 1 || removed != 1 || err != nil || len(tab.flows) != 0 {
-		t.Errorf("%d flows, %d removed, %v", flows, removed, err)
+	if p, err := c.Collect(); p != (Pass{UDP: 1, Removed: 1}) || err != nil || len(tab.flows) != 0 {
+		t.Errorf("%+v, %v", p, err)
 	}
 }
 
 func TestNext(t *testing.T) {
-	if next(shortest, 100, 50) != shortest || next(shortest, 100, 0) != 2*shortest || next(longest, 100, 0) != longest {
-		t.Error("delays")
+	for what, c := range map[string]struct {
+		delay time.Duration
+		pass  Pass
+		room  int
+		want  time.Duration
+	}{
+		"much was over":             {longest, Pass{TCP: 50, UDP: 50, Removed: 50}, 1000, shortest},
+		"nothing was":               {shortest, Pass{TCP: 100}, 1000, 2 * shortest},
+		"nothing for long":          {longest, Pass{TCP: 100}, 1000, longest},
+		"half full":                 {longest, Pass{TCP: 10, UDP: 600}, 1000, middle},
+		"nearly full":               {longest, Pass{TCP: 800, UDP: 1}, 1000, shortest},
+		"two maps, neither is full": {longest, Pass{TCP: 400, UDP: 400}, 1000, longest},
+		"of unknown size":           {longest, Pass{TCP: 100}, 0, longest},
+	} {
+		if got := next(c.delay, c.pass, c.room); got != c.want {
+			t.Errorf("%s: %s, want %s", what, got, c.want)
+		}
 	}
+}
+
+func TestMax(t *testing.T) {
+	const gib = 1 << 30
+	for memory, want := range map[uint64]uint32{0: Fewest, 4 * gib: Fewest, 24 * gib: 98304, 64 * gib: 1 << 18, 4096 * gib: Most} {
+		if got := Max(memory); got != want {
+			t.Errorf("%d GiB: %d, want %d", memory/gib, got, want)
+		}
+	}
+}
+
+// TestJustUsed: a flow that was used after it was read stays.
+func TestJustUsed(t *testing.T) {
+	x := tuple(maps.UDP, "10.0.0.1:1", "10.0.0.2:2")
+	tab := &table{flows: map[maps.Tuple]maps.Flow{x: {LastSeen: 1}}, failed: true}
+	used := &usedMeanwhile{tab}
+	c := Collector{Table: used, Lifetimes: Lifetimes{}}
+	if p, err := c.Collect(); p.Removed != 1 || err != nil || len(tab.flows) != 1 {
+		t.Errorf("%+v, %v; left %v", p, err, tab.flows)
+	}
+}
+
+type usedMeanwhile struct{ *table }
+
+func (u *usedMeanwhile) Forget(t maps.Tuple, lastSeen uint64) error {
+	u.flows[t] = maps.Flow{LastSeen: lastSeen + 1}
+	return u.table.Forget(t, lastSeen)
 }

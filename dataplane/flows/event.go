@@ -18,7 +18,7 @@ type Verdict string
 const (
 	Forwarded Verdict = "forwarded" // a connection was opened
 	Dropped   Verdict = "dropped"   // a packet
-	Refused   Verdict = "refused"   // a socket was told so, and no packet was sent
+	Refused   Verdict = "refused"   // a socket was told so and no packet was sent, or whoever sent a packet is told
 )
 
 // Verdicts lists all.
@@ -31,7 +31,7 @@ type Flow struct {
 	Verdict     Verdict   `json:"verdict"`
 	Reason      string    `json:"reason,omitempty"`
 	Direction   string    `json:"direction,omitempty"` // of the policies that denied it: ingress or egress
-	Policies    []string  `json:"policies,omitempty"`  // that select the pod, none of which lets it pass
+	Policies    []string  `json:"policies,omitempty"`  // that select the pod, none of which lets it pass; or TIER/NAME that denies it
 	Protocol    string    `json:"protocol"`
 	Source      Peer      `json:"source"`
 	Destination Peer      `json:"destination"`
@@ -63,14 +63,16 @@ type Names interface {
 	Namespace(cookie uint64) (namespace, name string, ok bool)
 	IsNode(netip.Addr) bool
 	Service(id uint32) (namespace, name string, ok bool)
-	// Policies of a set that denied a connection of a pod; why says what else is the matter with it.
-	Policies(set uint32, namespace, pod, direction string) (policies []string, why string)
+	// Policies of a set that denied a connection of a pod, by a rule of an administrator's if rule is not 0; why
+	// says what else is the matter with it.
+	Policies(set, rule uint32, namespace, pod, direction string) (policies []string, why string)
 }
 
 // Reasons of events about sockets, in the words of `skep flows`.
 const (
-	noBackend = "no-backend"
-	noAddress = "no-such-address"
+	noBackend  = "no-backend"
+	noFrontend = "no-such-service" // of a packet to an announced address
+	noAddress  = "no-such-address"
 )
 
 // Read makes a Flow of an event. now is the same moment on both clocks.
@@ -92,6 +94,9 @@ func Read(e *maps.FlowEvent, node string, names Names, now Moment) Flow {
 	if e.Reason != 0 {
 		f.Verdict = Dropped
 		f.Reason, f.Direction = reason(e.Reason)
+		if e.Reason == maps.EventNoBackend || f.Reason == noFrontend {
+			f.Verdict = Refused
+		}
 	}
 	if e.Reason != 0 && e.Netns != 0 { // a socket was told
 		f.Verdict = Refused
@@ -118,7 +123,7 @@ func Read(e *maps.FlowEvent, node string, names Names, now Moment) Flow {
 			pod = f.Source
 		}
 		var why string
-		if f.Policies, why = names.Policies(e.Set, pod.Namespace, pod.Pod, f.Direction); why != "" {
+		if f.Policies, why = names.Policies(e.Set, e.Rule, pod.Namespace, pod.Pod, f.Direction); why != "" {
 			f.Reason = why
 		}
 	}

@@ -39,7 +39,17 @@ var Counters = []Counter{
 	{drops, dropsHelp, prometheus.Labels{"reason": "source-range"}},
 	{bytes, bytesHelp, prometheus.Labels{"path": "from-pod"}},
 	{bytes, bytesHelp, prometheus.Labels{"path": "to-pod"}},
-	{drops, dropsHelp, prometheus.Labels{"reason": "no-such-service"}},
+	{drops, dropsHelp, prometheus.Labels{"reason": noFrontend}},
+	{drops, dropsHelp, prometheus.Labels{"reason": "too-big"}},
+	{"skep_dataplane_translated_errors_total", "ICMP errors about translated flows, which their senders got under the addresses they know.", nil},
+	{"skep_dataplane_refused_too_big_total", "Packets of translated flows that were too large for the next link; their senders are told its MTU.", nil},
+	{packets, packetsHelp, prometheus.Labels{"path": "driver"}},
+	{added, addedHelp, prometheus.Labels{"protocol": "tcp"}},
+	{added, addedHelp, prometheus.Labels{"protocol": "udp"}},
+	{removed, removedHelp, prometheus.Labels{"protocol": "tcp"}},
+	{removed, removedHelp, prometheus.Labels{"protocol": "udp"}},
+	{failed, failedHelp, prometheus.Labels{"protocol": "tcp"}},
+	{failed, failedHelp, prometheus.Labels{"protocol": "udp"}},
 }
 
 const (
@@ -51,6 +61,12 @@ const (
 	bytesHelp       = "Bytes of packets by the way they took, with Ethernet headers. What is redirected between pods was from one."
 	drops           = "skep_dataplane_drops_total"
 	dropsHelp       = "Packets dropped, by reason."
+	added           = "skep_dataplane_conntrack_added_total"
+	addedHelp       = "Flows that were noted. A translated one has two entries."
+	removed         = "skep_dataplane_conntrack_removed_total"
+	removedHelp     = "Flows that were forgotten because they were over."
+	failed          = "skep_dataplane_conntrack_insert_failures_total"
+	failedHelp      = "Flows that could not be noted, for want of room."
 	events          = "skep_dataplane_flow_events_total"
 	eventsHelp      = "Drops and new connections that the programs had to tell of, and what became of that."
 )

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
+	"skep.io/skep/api"
 	"skep.io/skep/dataplane/flows"
 	"skep.io/skep/dataplane/maps"
 )
@@ -22,6 +24,7 @@ type Frontend struct {
 	Scope           string           `json:"scope"` // internal: asked from the node or its pods; external: from outside
 	LocalOnly       bool             `json:"localOnly,omitempty"`
 	AffinitySeconds uint32           `json:"affinitySeconds,omitempty"`
+	Algorithm       string           `json:"algorithm"` // maglev: packets choose by a consistent table; random
 	Backends        []netip.AddrPort `json:"backends"`
 	ID              uint32           `json:"id"`
 	Generation      uint32           `json:"generation"`
@@ -67,8 +70,9 @@ type PolicySet struct {
 	Set       uint32   `json:"set"`
 }
 
-// Rule lets peers use ports.
+// Rule says whether peers may use ports.
 type Rule struct {
+	Verdict  string         `json:"verdict"`         // allow, or what each tier says, in order
 	Peers    []flows.Peer   `json:"peers,omitempty"` // pods by address
 	Blocks   []netip.Prefix `json:"blocks,omitempty"`
 	Anybody  bool           `json:"anybody,omitempty"`
@@ -105,11 +109,14 @@ func Frontends(s maps.Snapshot, names flows.Names) []Frontend {
 	out := make([]Frontend, 0, len(s.Services))
 	for k, v := range s.Services {
 		f := Frontend{
-			Address: netip.AddrPortFrom(k.Addr.Addr(), k.Port.Number()), Protocol: flows.Protocol(k.Proto), Scope: "internal",
+			Address: netip.AddrPortFrom(k.Addr.Addr(), k.Port.Number()), Protocol: flows.Protocol(k.Proto), Scope: "internal", Algorithm: api.AlgorithmRandom,
 			LocalOnly: v.Flags&maps.ServiceLocal != 0, ID: v.ID, Generation: v.Generation, Backends: []netip.AddrPort{},
 		}
 		if k.Scope == maps.ScopeExternal {
 			f.Scope = "external"
+		}
+		if v.Flags&maps.ServiceMaglev != 0 {
+			f.Algorithm = api.AlgorithmMaglev
 		}
 		if v.Flags&maps.ServiceAffinity != 0 {
 			f.AffinitySeconds = v.AffinitySeconds
@@ -121,7 +128,6 @@ func Frontends(s maps.Snapshot, names flows.Names) []Frontend {
 			}
 		}
 		slices.SortFunc(f.Backends, netip.AddrPort.Compare)
-		f.Backends = slices.Compact(f.Backends) // a consistent table names one many times
 		out = append(out, f)
 	}
 	slices.SortFunc(out, func(a, b Frontend) int {
@@ -180,7 +186,7 @@ func mac(m [6]byte) string {
 }
 
 // PolicySets says what both directions of each of the node's pods must satisfy.
-func PolicySets(all map[netip.Addr]maps.Endpoint, sets map[uint32]maps.PolicySets, policy map[maps.PolicyKey]uint32,
+func PolicySets(all map[netip.Addr]maps.Endpoint, sets map[uint32]maps.PolicySets, policy map[maps.PolicyKey]maps.PolicyVerdict,
 	identities map[maps.IdentityKey]uint32, drops map[uint32]uint64, names flows.Names) []PolicySet {
 	bySet := map[uint32][]maps.PolicyKey{}
 	for k := range policy {
@@ -191,9 +197,9 @@ func PolicySets(all map[netip.Addr]maps.Endpoint, sets map[uint32]maps.PolicySet
 	for k, number := range identities {
 		addresses[peer{k.Scope, number}] = append(addresses[peer{k.Scope, number}], k.Prefix())
 	}
-	rules := func(set uint32) (out []Rule) {
+	rules := func(set uint32, direction string) (out []Rule) {
 		for _, k := range bySet[set] {
-			r := Rule{Protocol: "any", Last: 65535}
+			r := Rule{Verdict: says(policy[k], set, direction, names), Protocol: "any", Last: 65535}
 			if k.Bits > maps.PolicyBitsPeer {
 				r.Protocol = flows.Protocol(k.Proto)
 				r.First = k.Port.Number()
@@ -225,8 +231,8 @@ func PolicySets(all map[netip.Addr]maps.Endpoint, sets map[uint32]maps.PolicySet
 			set := []uint32{sets[v.Slot].Ingress, sets[v.Slot].Egress}[i]
 			s := PolicySet{Namespace: pod.Namespace, Pod: pod.Pod, Direction: direction, State: stateOf(set), Set: set, Drops: drops[set]}
 			if set != 0 {
-				s.Policies, s.Why = names.Policies(set, pod.Namespace, pod.Pod, direction)
-				s.Rules = rules(set)
+				s.Policies, s.Why = names.Policies(set, maps.AnyRule, pod.Namespace, pod.Pod, direction)
+				s.Rules = rules(set, direction)
 			}
 			out = append(out, s)
 		}
@@ -237,12 +243,38 @@ func PolicySets(all map[netip.Addr]maps.Endpoint, sets map[uint32]maps.PolicySet
 	return out
 }
 
+// says names the rules that an entry's verdict is made of.
+func says(v maps.PolicyVerdict, set uint32, direction string, names flows.Names) string {
+	admin, baseline, tiered := v.Tiers()
+	if !tiered {
+		return "allow"
+	}
+	var parts []string
+	rule := func(t maps.Tier, place int, field uint32) {
+		if place == 0 {
+			return
+		}
+		by, _ := names.Policies(set, uint32(t)<<16|uint32(place), "", "", direction)
+		action := [...]string{"Accept", "Deny", "Pass"}[field&3]
+		parts = append(parts, strings.TrimSpace(strings.Join(by, ",")+" "+action))
+	}
+	rule(maps.TierAdmin, admin, uint32(v))
+	if v.LetByNetworkPolicy() {
+		parts = append(parts, "NetworkPolicies allow")
+	}
+	rule(maps.TierBaseline, baseline, uint32(v)>>14)
+	if len(parts) == 0 {
+		return "none"
+	}
+	return strings.Join(parts, ", ")
+}
+
 func comparePrefix(a, b netip.Prefix) int {
 	return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
 }
 
 // who is the same for rules about the same peers.
-func (r *Rule) who() string { return fmt.Sprint(r.Anybody, r.Peers, r.Blocks, r.Protocol) }
+func (r *Rule) who() string { return fmt.Sprint(r.Verdict, r.Anybody, r.Peers, r.Blocks, r.Protocol) }
 
 // joinPorts turns the prefixes that the kernel has back into ranges.
 func joinPorts(in []Rule) (out []Rule) {

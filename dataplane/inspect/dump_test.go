@@ -14,18 +14,20 @@ import (
 // nobody knows no names.
 type nobody struct{}
 
-func (nobody) Pod(netip.Addr) (string, string, bool)                            { return "", "", false }
-func (nobody) Device(uint32) (string, string, bool)                             { return "", "", false }
-func (nobody) Namespace(uint64) (string, string, bool)                          { return "", "", false }
-func (nobody) IsNode(netip.Addr) bool                                           { return false }
-func (nobody) Service(uint32) (string, string, bool)                            { return "", "", false }
-func (nobody) Policies(uint32, string, string, string) (out []string, _ string) { return nil, "" }
+func (nobody) Pod(netip.Addr) (string, string, bool)   { return "", "", false }
+func (nobody) Device(uint32) (string, string, bool)    { return "", "", false }
+func (nobody) Namespace(uint64) (string, string, bool) { return "", "", false }
+func (nobody) IsNode(netip.Addr) bool                  { return false }
+func (nobody) Service(uint32) (string, string, bool)   { return "", "", false }
+func (nobody) Policies(uint32, uint32, string, string, string) (out []string, _ string) {
+	return nil, ""
+}
 
 // TestPolicyRanges: prefixes of ports come back as the ranges that they were made of.
 func TestPolicyRanges(t *testing.T) {
 	const set = 1<<24 | 7
 	slot := netip.MustParseAddr("10.42.0.2")
-	policy := map[maps.PolicyKey]uint32{}
+	policy := map[maps.PolicyKey]maps.PolicyVerdict{}
 	add := func(peer uint32, proto uint8, bits uint32, port uint16) {
 		policy[maps.PolicyKey{Bits: bits, Set: set, Peer: peer, Proto: proto, Port: maps.PortOf(port)}] = 1
 	}
@@ -85,5 +87,17 @@ func TestConnections(t *testing.T) {
 		if f.Reversed == 1 && (got.To == nil || got.To.Address.String() != "10.0.0.5" || got.To.Port != 8080 || got.From != nil) {
 			t.Errorf("translated: %+v", got)
 		}
+	}
+}
+
+// TestFrontendAlgorithm: how packets choose is shown.
+func TestFrontendAlgorithm(t *testing.T) {
+	all := map[maps.ServiceKey]maps.Service{}
+	for port, flags := range map[uint16]uint32{80: maps.ServiceAffinity, 81: maps.ServiceMaglev} {
+		all[maps.ServiceKey{Port: maps.PortOf(port), Proto: maps.TCP}] = maps.Service{Flags: flags}
+	}
+	got := Frontends(maps.Snapshot{Services: all}, nobody{})
+	if len(got) != 2 || got[0].Algorithm != "random" || got[1].Algorithm != "maglev" {
+		t.Errorf("%+v", got)
 	}
 }

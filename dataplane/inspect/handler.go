@@ -31,6 +31,7 @@ type Source interface {
 	Endpoints() ([]Endpoint, error)
 	PolicySets() ([]PolicySet, error)
 	Connections() ([]Connection, error)
+	Health() (Health, error)
 	Trace(Question) (Trace, error)
 }
 
@@ -51,16 +52,14 @@ func Handler(s Source) http.Handler {
 	mux.HandleFunc("GET "+Root+"endpoints", list(s.Endpoints))
 	mux.HandleFunc("GET "+Root+"policy", list(s.PolicySets))
 	mux.HandleFunc("GET "+Root+"conntrack", list(s.Connections))
+	mux.HandleFunc("GET "+Root+"health", one(s.Health))
 	mux.HandleFunc("GET "+Root+"trace", func(w http.ResponseWriter, r *http.Request) {
 		q, err := question(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		list(func() ([]Trace, error) {
-			t, err := s.Trace(q)
-			return []Trace{t}, err
-		})(w, r)
+		one(func() (Trace, error) { return s.Trace(q) })(w, r)
 	})
 	return mux
 }
@@ -77,11 +76,23 @@ func list[T any](read func() ([]T, error)) http.HandlerFunc {
 	}
 }
 
-// question reads ?from=ADDRESS&to=ADDRESS:PORT&protocol=TCP; without from the node itself asks.
+// one answers with the one thing that read gives.
+func one[T any](read func() (T, error)) http.HandlerFunc {
+	return list(func() ([]T, error) {
+		v, err := read()
+		return []T{v}, err
+	})
+}
+
+// question reads ?from=ADDRESS[:PORT]&to=ADDRESS:PORT&protocol=TCP; without from the node itself asks.
 func question(r *http.Request) (q Question, err error) {
 	if from := r.FormValue("from"); from != "" {
 		if q.From, err = netip.ParseAddr(from); err != nil {
-			return q, fmt.Errorf("from: %w", err)
+			client, err := netip.ParseAddrPort(from)
+			if err != nil {
+				return q, fmt.Errorf("from: %w", err)
+			}
+			q.From, q.FromPort = client.Addr(), client.Port()
 		}
 	}
 	if q.To, err = netip.ParseAddrPort(r.FormValue("to")); err != nil {

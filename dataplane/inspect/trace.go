@@ -15,8 +15,10 @@ import (
 // Question is a connection that somebody may want to open.
 type Question struct {
 	From     netip.Addr // of a pod of this node, or elsewhere; invalid: this node itself asks
+	FromPort uint16     // 0: not known yet
 	To       netip.AddrPort
 	Protocol uint8
+	Now      int64        // of the monotonic clock, ns: for session affinity
 	Self     []netip.Addr // this node's, by which a Service's source ranges know it
 }
 
@@ -29,7 +31,8 @@ type Trace struct {
 	Service  *Frontend     `json:"service,omitempty"` // that .To is an address of
 	Verdict  flows.Verdict `json:"verdict,omitempty"` // empty: it depends on which backend is chosen
 	Reason   string        `json:"reason,omitempty"`
-	Paths    []Path        `json:"paths,omitempty"` // one for each backend, or the only one
+	Paths    []Path        `json:"paths,omitempty"`  // one for each backend, or the only one
+	Choice   string        `json:"choice,omitempty"` // why it is this backend, where that is certain
 	Advice   []string      `json:"advice,omitempty"`
 }
 
@@ -50,19 +53,22 @@ type Judgement struct {
 	Policies []string `json:"policies,omitempty"`
 	Allowed  bool     `json:"allowed"`
 	Why      string   `json:"why,omitempty"`
+	Rule     bool     `json:"rule,omitempty"` // of an administrator's policy denies it
 }
 
 // Tables are what the programs read; *maps.Maps is the real one.
 type Tables interface {
 	Service(maps.ServiceKey) (maps.Service, bool, error)
 	Admits(maps.Service, netip.Addr) (bool, error)
+	Consistent(s maps.Service, hash uint32) (maps.Backend, bool, error)
+	Kept(s maps.Service, client netip.Addr, now int64) (maps.Backend, bool, error)
 	BackendsOf(maps.Service) ([]maps.Backend, error)
 	Endpoint(netip.Addr) (maps.Endpoint, bool, error)
 	Range(netip.Addr) (kind uint32, found bool, err error)
 	IsNodeAddress(netip.Addr) (bool, error)
 	PolicySets(slot uint32) (maps.PolicySets, error)
 	Peer(scope uint32, a netip.Addr) (uint32, error)
-	Allows(set, peer uint32, proto uint8, port uint16) (bool, error)
+	Policy(set, peer uint32, proto uint8, port uint16) (maps.PolicyVerdict, bool, error)
 }
 
 // Route says which way the node's stack sends what goes to an address; an error that it refuses.
@@ -114,6 +120,11 @@ func Explain(q Question, node string, tables Tables, names flows.Names, route Ro
 				f.Namespace, f.Service, f.Namespace, f.Service)}
 			return out, nil
 		}
+		if to, why, err := t.pick(service, external); err != nil {
+			return out, err
+		} else if why != "" {
+			targets, out.Choice = []netip.AddrPort{to}, why
+		}
 	} else if dead, err := t.dead(q.To.Addr()); err != nil || dead {
 		out.Verdict, out.Reason = flows.Refused, "no-such-address"
 		out.Advice = []string{fmt.Sprintf("Nobody in the cluster has the address %s with port %d: no Service, and no pod of node %s.", q.To.Addr(), q.To.Port(), node)}
@@ -164,6 +175,35 @@ func (t *tracer) admitted(s maps.Service) (bool, error) {
 		}
 	}
 	return t.Admits(s, client)
+}
+
+// pick is backend_select of bpf/services.h, where it does not choose at random; else why is empty.
+func (t *tracer) pick(s maps.Service, external bool) (to netip.AddrPort, why string, err error) {
+	client, sport, dport := t.q.From, t.q.FromPort, t.q.To.Port()
+	if !client.IsValid() {
+		return to, "", nil // the node's own sockets are known by their namespace
+	}
+	at := func(b maps.Backend) netip.AddrPort { return netip.AddrPortFrom(b.Addr.Addr(), b.Port.Number()) }
+	if s.Flags&maps.ServiceAffinity != 0 {
+		b, found, err := t.Kept(s, client, t.q.Now)
+		if err != nil || found {
+			return at(b), "session affinity: the client has had it", err
+		}
+		sport, dport = 0, 0
+	} else if !external || sport == 0 {
+		return to, "", nil // sockets choose before they have a port
+	}
+	if s.Flags&maps.ServiceMaglev == 0 {
+		return to, "", nil
+	}
+	b, found, err := t.Consistent(s, maps.ClientHash(client, sport, dport))
+	if err != nil || !found {
+		return to, "", err
+	}
+	if sport == 0 {
+		return at(b), "session affinity: the consistent table gives it to the client's address", nil
+	}
+	return at(b), "the consistent table gives it to the client's address and port", nil
 }
 
 // frontend is what a socket would be translated by; asked from outside, what the host's programs would.
@@ -229,7 +269,7 @@ func (t *tracer) path(to netip.AddrPort) (p Path, advice string, err error) {
 			return p, "", err
 		}
 		if !p.Egress.Allowed {
-			if own, err := t.answers(to.Addr()); err != nil {
+			if own, err := t.answers(to.Addr(), p.Egress.Rule); err != nil {
 				return p, "", err
 			} else if own {
 				p.Egress.Allowed, p.Egress.Why = true, "a pod may always reach its node"
@@ -261,10 +301,10 @@ func reasonOf(j *Judgement, otherwise string) string {
 	return otherwise
 }
 
-// answers is to_this_node of bpf/policy.h.
-func (t *tracer) answers(a netip.Addr) (bool, error) {
+// answers is to_this_node of bpf/policy.h; denied says that a rule of an administrator denies it.
+func (t *tracer) answers(a netip.Addr, denied bool) (bool, error) {
 	own, err := t.IsNodeAddress(a)
-	if err != nil || own {
+	if own = own && !denied; err != nil || own {
 		return own, err
 	}
 	kind, found, err := t.Range(a)
@@ -290,25 +330,27 @@ func (t *tracer) judge(pod, peer netip.Addr, port uint16, direction string) (*Ju
 		return j, nil
 	}
 	namespace, name, _ := t.names.Pod(pod)
-	j.Policies, j.Why = t.names.Policies(set, namespace, name, direction)
+	j.Policies, j.Why = t.names.Policies(set, maps.AnyRule, namespace, name, direction)
 	if set == maps.PolicyClosed {
 		return j, nil
 	}
-	for _, scope := range []uint32{0, maps.EpochOf(set), set} {
-		identity := uint32(maps.PeerAny)
-		if scope != 0 {
-			if identity, err = t.Peer(scope, peer); err != nil {
-				return nil, err
-			}
-			if identity == 0 {
-				continue
-			}
+	var identities []uint32
+	for _, scope := range []uint32{maps.EpochOf(set), set} {
+		identity, err := t.Peer(scope, peer)
+		if err != nil {
+			return nil, err
 		}
-		if j.Allowed, err = t.Allows(set, identity, t.q.Protocol, port); err != nil || j.Allowed {
-			return j, err
-		}
+		identities = append(identities, identity)
 	}
-	return j, nil
+	var rule uint32
+	j.Allowed, rule, err = maps.Judge(func(peer uint32) (maps.PolicyVerdict, bool, error) {
+		return t.Policy(set, peer, t.q.Protocol, port)
+	}, identities...)
+	if !j.Allowed {
+		j.Rule = rule != 0
+		j.Policies, j.Why = t.names.Policies(set, rule, namespace, name, direction)
+	}
+	return j, err
 }
 
 // advise says what to change.
@@ -317,6 +359,9 @@ func (t *tracer) advise(j *Judgement, direction string, pod netip.Addr, peer net
 	other := peerOf(t.names, peer.Addr(), 0, t.node)
 	list := strings.Join(j.Policies, ", ")
 	switch {
+	case j.Rule:
+		return fmt.Sprintf("The administrator's policy %s denies it (%s of pod %s): no NetworkPolicy can let it pass. See `skep describe clusternetworkpolicy`.",
+			list, direction, text(&who))
 	case j.State == Closed && len(j.Policies) > 0:
 		return fmt.Sprintf("Pod %s is closed (%s) as long as a policy cannot be put into force: see `skep describe networkpolicy` of %s.", text(&who), direction, list)
 	case j.State == Closed:
@@ -347,7 +392,7 @@ func (t *tracer) way(to netip.Addr, here bool) (string, error) {
 		}
 		return fmt.Sprintf("straight to the pod's device (index %d)", e.Ifindex), nil
 	}
-	if own, err := t.answers(to); err != nil || own {
+	if own, err := t.answers(to, false); err != nil || own {
 		return "the node itself answers", err
 	}
 	return t.route(to)

@@ -100,7 +100,9 @@ func (l *Loader) AttachHost(ifindex int) error {
 func (l *Loader) DetachPod(ifindex int) error { return l.detachDevice("pod", ifindex) }
 
 // DetachHost undoes AttachHost, also after the device has gone.
-func (l *Loader) DetachHost(ifindex int) error { return l.detachDevice("host", ifindex) }
+func (l *Loader) DetachHost(ifindex int) error {
+	return errors.Join(l.detachDevice("host", ifindex), l.DetachXDP(ifindex))
+}
 
 // Pods lists the devices that have pod programs, or had when they existed.
 func (l *Loader) Pods() ([]int, error) { return l.devices("pod") }

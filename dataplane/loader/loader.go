@@ -28,8 +28,43 @@ import (
 
 // Config says where and how to load.
 type Config struct {
-	Dir string // on a BPF file system
-	Log *slog.Logger
+	Dir          string // on a BPF file system
+	NodePortMode NodePortMode
+	XDP          XDPMode
+	ConntrackMax uint32 // flows of each protocol that fit; 0: as many as the objects say
+	Log          *slog.Logger
+}
+
+// NodePortMode is whose address a connection from outside has when a node hands it on to another.
+type NodePortMode string
+
+// Modes. With direct server return the backend's node answers the client itself.
+const (
+	SNAT   NodePortMode = "snat" // the node's, to which the backend answers
+	DSR    NodePortMode = "dsr"
+	Hybrid NodePortMode = "hybrid" // TCP is answered directly, UDP by the node
+)
+
+// ParseNodePortMode reads a flag; empty is SNAT.
+func ParseNodePortMode(s string) (NodePortMode, error) {
+	switch m := NodePortMode(s); m {
+	case "":
+		return SNAT, nil
+	case SNAT, DSR, Hybrid:
+		return m, nil
+	}
+	return "", fmt.Errorf("%q is none of %s, %s and %s", s, SNAT, DSR, Hybrid)
+}
+
+// protocols that are answered directly, as bpf/dsr.h numbers them.
+func (m NodePortMode) protocols() uint32 {
+	switch m {
+	case DSR:
+		return 1 | 2
+	case Hybrid:
+		return 1
+	}
+	return 0
 }
 
 // Loader holds the loaded programs. What it attached stays when it is closed.
@@ -38,7 +73,12 @@ type Loader struct {
 	collections []*ebpf.Collection
 	programs    map[string]*ebpf.Program
 	maps        *maps.Maps
-	cookie      uint64 // of the network namespace
+	cookie      uint64    // of the network namespace
+	senders     *ebpf.Map // devices that XDP may send by
+
+	dir    string // name of the directory of this layout's maps
+	pinned map[string]*ebpf.Map
+	held   map[string]func() error // attaches that wait for Release, by link; nil: none does
 }
 
 // Programs of each object, all loaded at once.
@@ -50,6 +90,7 @@ var objects = []struct {
 	{"pod", bpf.LoadPod},
 	{"host", bpf.LoadHost},
 	{"ingress", bpf.LoadIngress},
+	{"xdp", bpf.LoadXdp},
 }
 
 // Load opens the maps pinned under Dir, or makes them, and loads all programs.
@@ -69,15 +110,24 @@ func Load(cfg Config) (*Loader, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(cfg.Dir, "maps-"+layout(specs))
-	for _, d := range []string{dir, cfg.links()} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, fmt.Errorf("directory for pins: %w", err)
-		}
+	if err := os.MkdirAll(cfg.links(), 0o700); err != nil {
+		return nil, fmt.Errorf("directory for pins: %w", err)
 	}
-	l := &Loader{cfg: cfg, cookie: cookie, programs: map[string]*ebpf.Program{}}
+	name := directoryName(specs)
+	older, err := cfg.older(name)
+	if err == nil {
+		err = cfg.share(name, specs, older)
+	}
+	if err != nil {
+		return nil, err
+	}
+	l := &Loader{cfg: cfg, dir: name, cookie: cookie, programs: map[string]*ebpf.Program{}, pinned: map[string]*ebpf.Map{}}
+	dir := filepath.Join(cfg.Dir, name)
 	byName := map[string]*ebpf.Map{}
 	for i, spec := range specs {
+		if objects[i].name == "xdp" && len(cfg.XDP.tries("")) == 0 {
+			continue // it has no pinned map that the others have not
+		}
 		coll, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: dir}})
 		if err != nil {
 			l.Close()
@@ -89,11 +139,25 @@ func Load(cfg Config) (*Loader, error) {
 		}
 		for name, m := range coll.Maps {
 			byName[name] = m
+			if spec.Maps[name].Pinning == ebpf.PinByName {
+				l.pinned[name] = m
+			}
+		}
+		if m, ok := coll.Maps["xdp_devices"]; ok {
+			l.senders = m
 		}
 	}
 	if l.maps, err = maps.New(byName); err != nil {
 		l.Close()
 		return nil, err
+	}
+	lost, err := l.carry(older, func(string) bool { return true })
+	if err != nil {
+		cfg.Log.Error("some of what an older version noted is lost", "err", err)
+	}
+	if slices.ContainsFunc(lost, isDesired) {
+		cfg.Log.Info("maps are made anew; programs of the older version run until they are", "maps", lost)
+		l.held = map[string]func() error{}
 	}
 	return l, nil
 }
@@ -107,12 +171,18 @@ func specs(cfg Config) ([]*ebpf.CollectionSpec, error) {
 	}
 	settings := map[string]any{
 		"node_netns_cookie": cookie,
+		"dsr_protocols":     cfg.NodePortMode.protocols(),
 	}
 	var out []*ebpf.CollectionSpec
 	for _, o := range objects {
 		spec, err := o.load()
 		if err != nil {
 			return nil, fmt.Errorf("object %s: %w", o.name, err)
+		}
+		for _, name := range []string{"conntrack_tcp", "conntrack_udp"} {
+			if m, ok := spec.Maps[name]; ok && cfg.ConntrackMax > 0 {
+				m.MaxEntries = cfg.ConntrackMax
+			}
 		}
 		for name, v := range settings {
 			if s, ok := spec.Variables[name]; ok {
@@ -189,27 +259,6 @@ func (l *Loader) Close() {
 	}
 }
 
-// RemoveOldMaps deletes maps of other layouts. Call it once every hook has the new programs.
-func (l *Loader) RemoveOldMaps() error {
-	specs, err := specs(l.cfg)
-	if err != nil {
-		return err
-	}
-	keep := "maps-" + layout(specs)
-	entries, err := os.ReadDir(l.cfg.Dir)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), "maps-") && e.Name() != keep {
-			l.cfg.Log.Info("removing maps of another layout", "dir", e.Name())
-			errs = append(errs, os.RemoveAll(filepath.Join(l.cfg.Dir, e.Name())))
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // attach puts a program into the link pinned as name, if that is one of the target's, else makes and
 // pins a new one.
 func (l *Loader) attach(name, program string, ours func(*link.Info) bool, create func(*ebpf.Program) (link.Link, error)) error {
@@ -221,6 +270,10 @@ func (l *Loader) attach(name, program string, ours func(*link.Info) bool, create
 	old, err := link.LoadPinnedLink(path, nil)
 	if err == nil {
 		info, err := old.Info()
+		if err == nil && ours(info) && l.held != nil {
+			l.held[name] = func() error { return l.attach(name, program, ours, create) }
+			return old.Close()
+		}
 		// The kernel refuses an update of a link whose target is gone (ENOLINK).
 		if err == nil && ours(info) && old.Update(prog) == nil {
 			return old.Close()

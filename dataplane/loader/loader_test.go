@@ -145,6 +145,84 @@ func pins(t *testing.T, dir string) (out []string) {
 	return out
 }
 
+// TestConntrackMax: as many flows fit as is asked for, also when an earlier process had room for more or fewer.
+func TestConntrackMax(t *testing.T) {
+	dir := alone(t)
+	for _, size := range []uint32{2048, 4096, 2048} {
+		l, err := Load(Config{Dir: dir, ConntrackMax: size, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"conntrack_tcp", "conntrack_udp"} {
+			if got := l.Maps().Capacity()[name]; got != size {
+				t.Errorf("%s has room for %d, want %d", name, got, size)
+			}
+		}
+		if err := l.RemoveOldMaps(); err != nil {
+			t.Error(err)
+		}
+		l.Close()
+	}
+}
+
+// TestParseNodePortMode: every mode has a name, and nothing else is one.
+func TestParseNodePortMode(t *testing.T) {
+	for text, want := range map[string]NodePortMode{"": SNAT, "snat": SNAT, "dsr": DSR, "hybrid": Hybrid, "DSR": ""} {
+		if got, err := ParseNodePortMode(text); got != want || (err == nil) != (want != "") {
+			t.Errorf("%q is %q, %v", text, got, err)
+		}
+	}
+}
+
+// TestXDPModes: which modes are tried, and that a device has one at a time, which goes when it is to.
+func TestXDPModes(t *testing.T) {
+	for _, c := range []struct {
+		mode XDPMode
+		kind string
+		want []XDPMode
+	}{
+		{XDPAuto, "device", []XDPMode{XDPNative, XDPGeneric}}, {XDPAuto, "veth", []XDPMode{XDPGeneric}},
+		{XDPNative, "veth", []XDPMode{XDPNative}}, {XDPGeneric, "device", []XDPMode{XDPGeneric}}, {XDPOff, "device", nil},
+	} {
+		if got := c.mode.tries(c.kind); !slices.Equal(got, c.want) {
+			t.Errorf("%s on a %s: %v", c.mode, c.kind, got)
+		}
+	}
+	dir := alone(t)
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "veth0", TxQLen: -1}, PeerName: "veth1"}); err != nil {
+		t.Fatal(err)
+	}
+	veth, err := netlink.LinkByName("veth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := veth.Attrs().Index
+	for _, c := range []struct{ mode, took XDPMode }{{XDPAuto, XDPGeneric}, {XDPNative, XDPNative}, {XDPNative, XDPNative}, {XDPGeneric, XDPGeneric}, {XDPOff, XDPOff}} {
+		l, err := Load(Config{Dir: dir, XDP: c.mode, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		took, err := l.AttachXDP(index)
+		if err != nil || took != c.took {
+			t.Errorf("%s took %s, %v", c.mode, took, err)
+		}
+		used, err := XDPDevices(dir)
+		if err != nil || used[index] != c.took && c.took != XDPOff || (c.took == XDPOff) != (len(used) == 0) {
+			t.Errorf("%s: used are %v, %v", c.mode, used, err)
+		}
+		l.Close()
+	}
+	// The loopback device has no driver's mode: to ask for it is an error that says what to do.
+	l, err := Load(Config{Dir: dir, XDP: XDPNative, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if _, err := l.AttachXDP(1); err == nil || !strings.Contains(err.Error(), "--xdp=off") {
+		t.Errorf("native on lo: %v", err)
+	}
+}
+
 // TestErrors: what is wrong is said with what to do about it.
 func TestErrors(t *testing.T) {
 	if err := EnsureBPFFS(filepath.Join(t.TempDir(), "skep")); err == nil || !strings.Contains(err.Error(), "mount") {

@@ -29,7 +29,7 @@ type FlowEvent struct {
 	Set          uint32 // of policies that denied it
 	Ifindex      uint32
 	Suppressed   uint32 // events before it that were over budget
-	Pad2         uint32
+	Rule         uint32 // of an administrator, that denied it: see PolicyVerdict.Allows
 }
 
 // ErrFlushed ends what was in the ring when it was flushed.

@@ -17,6 +17,7 @@ func TestLayout(t *testing.T) {
 	types := map[string][2]any{
 		"services":       {ServiceKey{}, Service{}},
 		"slots":          {SlotKey{}, uint32(0)},
+		"tables":         {SlotKey{}, TableBlock{}},
 		"backends":       {uint32(0), Backend{}},
 		"affinity":       {AffinityKey{}, Affinity{}},
 		"endpoints":      {Address{}, Endpoint{}},

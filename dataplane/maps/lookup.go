@@ -60,6 +60,33 @@ func (m *Maps) BackendsOf(s Service) (out []Backend, err error) {
 	return out, nil
 }
 
+// Consistent finds which backend a frontend's table gives a hash; found is false if it has no table.
+func (m *Maps) Consistent(s Service, hash uint32) (b Backend, found bool, err error) {
+	at := uint32(uint64(hash) * uint64(TableSize(int(s.Count))) >> 32)
+	var block TableBlock
+	if found, err = lookup(m.tables, "tables", &SlotKey{s.ID, s.Generation, at / uint32(len(block))}, &block); err != nil || !found {
+		return b, false, err
+	}
+	found, err = lookup(m.backends, "backends", &block[at%uint32(len(block))], &b)
+	return b, found, err
+}
+
+const backendActive = 0 // of enum backend_state
+
+// Kept finds the backend that a client with session affinity has at a moment of the monotonic clock; found is false if it
+// would get another.
+func (m *Maps) Kept(s Service, client netip.Addr, now int64) (b Backend, found bool, err error) {
+	var a Affinity
+	if found, err = lookup(m.affinity, "affinity", &AffinityKey{Client: AddressOf(client), Service: s.ID}, &a); err != nil || !found {
+		return b, false, err
+	}
+	if now-int64(a.LastUsed) >= int64(s.AffinitySeconds)*1e9 {
+		return b, false, nil
+	}
+	found, err = lookup(m.backends, "backends", &a.Backend, &b)
+	return b, found && b.Service == s.ID && b.State == backendActive, err
+}
+
 // Range says in which kind of range an address is.
 func (m *Maps) Range(a netip.Addr) (kind uint32, found bool, err error) {
 	k := RangeOf(netip.PrefixFrom(a, a.BitLen()))
@@ -81,15 +108,15 @@ func (m *Maps) Peer(scope uint32, a netip.Addr) (peer uint32, err error) {
 	return peer, err
 }
 
-// Allows says whether a set has an entry for the peer, by whatever rule.
-func (m *Maps) Allows(set, peer uint32, proto uint8, port uint16) (bool, error) {
-	var rule uint32
-	return lookup(m.policy, "policy", &PolicyKey{Bits: PolicyBitsPort, Set: set, Peer: peer, Proto: proto, Port: PortOf(port)}, &rule)
+// Policy is what a set says of the peer and port.
+func (m *Maps) Policy(set, peer uint32, proto uint8, port uint16) (v PolicyVerdict, found bool, err error) {
+	found, err = lookup(m.policy, "policy", &PolicyKey{Bits: PolicyBitsPort, Set: set, Peer: peer, Proto: proto, Port: PortOf(port)}, (*uint32)(&v))
+	return v, found, err
 }
 
 // ReadPolicy reads what every set lets every peer do, and which addresses are which peers.
-func (m *Maps) ReadPolicy() (policy map[PolicyKey]uint32, identities map[IdentityKey]uint32, err error) {
-	if policy, err = walk[PolicyKey, uint32](m.policy); err != nil {
+func (m *Maps) ReadPolicy() (policy map[PolicyKey]PolicyVerdict, identities map[IdentityKey]uint32, err error) {
+	if policy, err = walk[PolicyKey, PolicyVerdict](m.policy); err != nil {
 		return nil, nil, fmt.Errorf("map policy: %w", err)
 	}
 	if identities, err = walk[IdentityKey, uint32](m.identities); err != nil {

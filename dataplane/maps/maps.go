@@ -16,6 +16,7 @@ import (
 // table would not see each other.
 type Maps struct {
 	services, slots, backends *ebpf.Map
+	tables                    *ebpf.Map
 	sourceRanges, nodePorts   *ebpf.Map
 	affinity, clients         *ebpf.Map
 	announced                 *ebpf.Map
@@ -37,7 +38,7 @@ type Maps struct {
 }
 
 // Names lists the maps, as the C sources name them.
-var names = []string{"services", "slots", "backends", "source_ranges", "node_ports", "affinity", "clients", "announced", "endpoints", "node_addresses", "node", "ranges",
+var names = []string{"services", "slots", "tables", "backends", "source_ranges", "node_ports", "affinity", "clients", "announced", "endpoints", "node_addresses", "node", "ranges",
 	"conntrack_tcp", "conntrack_udp", "counters", "listeners", "policy", "identities", "policy_slots", "policy_state", "policy_drops",
 	"flow_events", "flow_followers"}
 
@@ -68,7 +69,7 @@ func New(byName map[string]*ebpf.Map) (*Maps, error) {
 }
 
 func (m *Maps) all() []**ebpf.Map {
-	return []**ebpf.Map{&m.services, &m.slots, &m.backends, &m.sourceRanges, &m.nodePorts, &m.affinity, &m.clients, &m.announced, &m.endpoints, &m.nodeAddresses,
+	return []**ebpf.Map{&m.services, &m.slots, &m.tables, &m.backends, &m.sourceRanges, &m.nodePorts, &m.affinity, &m.clients, &m.announced, &m.endpoints, &m.nodeAddresses,
 		&m.node, &m.ranges, &m.conntrackTCP, &m.conntrackUDP, &m.counters, &m.listeners,
 		&m.policy, &m.identities, &m.policySlots, &m.policyState, &m.policyDrops,
 		&m.flowEvents, &m.flowFollowers}

@@ -68,11 +68,10 @@ type PolicyState struct {
 	Epoch   uint32 // of the agent that wrote last, 1 to 254
 }
 
-// PutPolicy lets sets' peers do something.
-func (m *Maps) PutPolicy(keys []PolicyKey) error {
-	one := uint32(1)
-	for i := range keys {
-		if err := m.policy.Put(&keys[i], &one); err != nil {
+// PutPolicy writes what sets say of peers and ports.
+func (m *Maps) PutPolicy(entries []PolicyEntry) error {
+	for i := range entries {
+		if err := m.policy.Put(&entries[i].Key, uint32(entries[i].Verdict)); err != nil {
 			return full("policy", err)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 type Snapshot struct {
 	Services map[ServiceKey]Service
 	Slots    map[SlotKey]uint32
+	Tables   map[SlotKey]bool // blocks
 	Backends map[uint32]Backend
 	Ranges   map[SourceRangeKey]uint32
 }
@@ -25,6 +26,14 @@ func (m *Maps) ReadServices() (s Snapshot, err error) {
 	}
 	if s.Slots, err = dump[SlotKey, uint32](m.slots); err != nil {
 		return s, fmt.Errorf("slots: %w", err)
+	}
+	blocks, err := dump[SlotKey, TableBlock](m.tables)
+	if err != nil {
+		return s, fmt.Errorf("tables: %w", err)
+	}
+	s.Tables = make(map[SlotKey]bool, len(blocks))
+	for k := range blocks {
+		s.Tables[k] = true
 	}
 	if s.Backends, err = dump[uint32, Backend](m.backends); err != nil {
 		return s, fmt.Errorf("backends: %w", err)
@@ -140,6 +149,21 @@ func (m *Maps) PutBackends(ids []uint32, values []Backend) error {
 // PutSlots writes a generation's slots.
 func (m *Maps) PutSlots(keys []SlotKey, values []uint32) error {
 	return put(m.slots, "slots", keys, values)
+}
+
+// PutTable writes blocks of a generation's consistent table.
+func (m *Maps) PutTable(keys []SlotKey, values []TableBlock) error {
+	return put(m.tables, "tables", keys, values)
+}
+
+// DeleteTable removes blocks. That one is not there is no error.
+func (m *Maps) DeleteTable(keys []SlotKey) error {
+	for i := range keys {
+		if err := gone(m.tables.Delete(&keys[i])); err != nil {
+			return fmt.Errorf("table %v: %w", keys[i], err)
+		}
+	}
+	return nil
 }
 
 // DeleteBackends removes backends. That one is not there is no error.

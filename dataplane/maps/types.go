@@ -60,6 +60,7 @@ const (
 	ServiceAffinity = 1 << 0
 	ServiceLocal    = 1 << 1
 	ServiceRanges   = 1 << 2
+	ServiceMaglev   = 1 << 3
 )
 
 // Service is what a frontend leads to: a generation of a backend set. Key repeats the frontend's
@@ -78,6 +79,24 @@ type SlotKey struct {
 	Service    uint32
 	Generation uint32
 	Slot       uint32
+}
+
+// TableBlock is a part of a generation's consistent table: ids of backends. Its key is a SlotKey whose Slot is the
+// number of the block.
+type TableBlock [64]uint32
+
+// TableSize is how many entries the consistent table of so many backends has; 0 if there is none. It is table_size
+// of bpf/services.h.
+func TableSize(backends int) int {
+	switch {
+	case backends < 2 || backends > 32768:
+		return 0
+	case backends <= 16:
+		return 2039
+	case backends <= 128:
+		return 16381
+	}
+	return 65537
 }
 
 // SourceRangeKey is a prefix of clients that a generation is for; Bits counts from Service on.
@@ -175,6 +194,8 @@ func RangeOf(p netip.Prefix) RangeKey {
 type Node struct {
 	AddressV4, AddressV6 Address
 	GatewayV4, GatewayV6 Address
+	MTU                  uint32 // of the way to pods of other nodes
+	_                    uint32
 }
 
 // Tuple is a packet's addresses and ports as it arrives.
@@ -209,6 +230,13 @@ func (t Tuple) Canonical() Tuple {
 	return t
 }
 
+// Counters that are read by their place, as enum counter of bpf/counters.h numbers them; TCP's, and then UDP's.
+const (
+	CountFlowsAdded   = 29
+	CountFlowsRemoved = 31
+	CountFlowsFailed  = 33
+)
+
 // Flags of a Flow.
 const (
 	FlowTranslated   = 1 << 0
@@ -234,6 +262,24 @@ type Flow struct {
 	Ifindex  [2]uint32 // of the pods' devices that the directions come from
 	Checked  uint32    // version of the policies that let it pass
 	Pad      uint32
+}
+
+// ClientHash is client_hash of bpf/services.h: which part of a consistent table a client's connection is in. Without ports
+// only the client counts.
+func ClientHash(client netip.Addr, sport, dport uint16) uint32 {
+	mix := func(x uint64) uint64 {
+		const k = 0xd6e8feb86659fd93
+		x = (x ^ x>>32) * k
+		x = (x ^ x>>32) * k
+		return x ^ x>>32
+	}
+	a := AddressOf(client)
+	var ports [4]byte
+	binary.BigEndian.PutUint16(ports[:], sport)
+	binary.BigEndian.PutUint16(ports[2:], dport)
+	h := mix(binary.NativeEndian.Uint64(a[:]))
+	h = mix(h ^ binary.NativeEndian.Uint64(a[8:]))
+	return uint32(mix(h^uint64(binary.NativeEndian.Uint32(ports[:]))) >> 32)
 }
 
 // AffinityKey is a client of a backend set: its address, or a cookie of a namespace nobody knows.

@@ -15,14 +15,15 @@ type Peer struct {
 // Action is one step towards what is wanted. Steps are done in order, so that what leads to something is
 // written after it; repeating a step does no harm. Most have one member set.
 type Action struct {
-	Allow    []maps.PolicyKey // to write
-	Peers    []Peer           // to write
-	Count    uint32           // the set whose drops are to be counted
+	Allow    []maps.PolicyEntry // to write
+	Peers    []Peer             // to write
+	Count    uint32             // the set whose drops are to be counted
 	Switch   *Switch
 	State    *maps.PolicyState
 	Forget   []maps.IdentityKey // to delete
 	Disallow []maps.PolicyKey   // to delete
 	Uncount  uint32             // the set whose drops need no counting any more
+	Wait     bool               // for programs that run to end
 }
 
 // Switch gives a slot its sets, both as one.
@@ -33,7 +34,7 @@ type Switch struct {
 
 // Store is what actions are done to; *maps.Maps is the real one. Deleting what is not there is no error.
 type Store interface {
-	PutPolicy([]maps.PolicyKey) error
+	PutPolicy([]maps.PolicyEntry) error
 	DeletePolicy([]maps.PolicyKey) error
 	PutIdentity(maps.IdentityKey, uint32) error
 	DeleteIdentity(maps.IdentityKey) error
@@ -63,6 +64,8 @@ func (a *Action) do(s Store) error {
 		return err
 	}
 	switch {
+	case a.Wait:
+		return s.WaitReaders()
 	case a.Count != 0:
 		return s.CountPolicyDrops(a.Count)
 	case a.Uncount != 0:

@@ -3,6 +3,10 @@
 package policy
 
 import (
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	corelisters "k8s.io/client-go/listers/core/v1"
@@ -12,6 +16,28 @@ import (
 type cluster struct {
 	pods       corelisters.PodLister
 	namespaces corelisters.NamespaceLister
+	nodes      corelisters.NodeLister // from the beginning
+}
+
+func (c *cluster) Nodes(s labels.Selector) (out []netip.Addr) {
+	all, err := c.nodes.List(s)
+	if err != nil {
+		return nil // a cache's list does not fail
+	}
+	for _, n := range all {
+		out = append(out, nodeAddresses(n)...)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return slices.Compact(out)
+}
+
+func nodeAddresses(n *corev1.Node) (out []netip.Addr) {
+	for _, a := range n.Status.Addresses {
+		if ip, err := netip.ParseAddr(a.Address); err == nil { // others are names
+			out = append(out, ip.Unmap())
+		}
+	}
+	return out
 }
 
 func (c *cluster) Pod(name types.NamespacedName) *Pod {
@@ -46,6 +72,9 @@ func (c *cluster) Namespace(name string) labels.Set {
 	ns, err := c.namespaces.Get(name)
 	if err != nil {
 		return nil
+	}
+	if ns.Labels == nil {
+		return labels.Set{}
 	}
 	return ns.Labels
 }

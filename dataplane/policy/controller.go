@@ -17,11 +17,13 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/informers"
 	networkinglisters "k8s.io/client-go/listers/networking/v1"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/workqueue"
+	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 
 	dpmaps "skep.io/skep/dataplane/maps"
 )
@@ -39,6 +41,7 @@ type Kernel interface {
 type Config struct {
 	// Informers for NetworkPolicies; for Pods and Namespaces only from the first NetworkPolicy on.
 	Informers informers.SharedInformerFactory
+	Dynamic   dynamic.Interface // for ClusterNetworkPolicies; nil: there are none
 	Kernel    Kernel
 	Limits    Limits
 	Slots     []uint32             // that pods have which an earlier process attached
@@ -56,6 +59,7 @@ type Controller struct {
 	queue    workqueue.TypedRateLimitingInterface[task]
 	complete chan struct{}
 	cluster  *cluster
+	wide     *clusterPolicies // nil without Dynamic
 
 	mu        sync.Mutex // of all below
 	table     *Table
@@ -81,6 +85,9 @@ const (
 	onePolicy
 	onePod
 	oneNamespace
+	oneClusterPolicy
+	oneNode
+	theDefinition // of ClusterNetworkPolicies
 )
 
 // NewController registers with the informers, which the caller starts.
@@ -114,6 +121,14 @@ func NewController(cfg Config) (*Controller, error) {
 		return nil, fmt.Errorf("watching NetworkPolicies: %w", err)
 	}
 	c.synced = registration.HasSynced
+	nodes := cfg.Informers.Core().V1().Nodes()
+	c.cluster.nodes = nodes.Lister()
+	if _, err := nodes.Informer().AddEventHandler(c.handler(oneNode, sameNode)); err != nil {
+		return nil, fmt.Errorf("watching Nodes: %w", err)
+	}
+	if cfg.Dynamic != nil {
+		c.wide = newClusterPolicies(cfg.Dynamic)
+	}
 	if cfg.Metrics != nil {
 		if err := cfg.Metrics.Register(c); err != nil {
 			return nil, fmt.Errorf("metrics: %w", err)
@@ -177,6 +192,12 @@ func sameNamespace(old, new any) bool {
 	return ok && ok2 && maps.Equal(a.Labels, b.Labels)
 }
 
+func sameNode(old, new any) bool {
+	a, ok := old.(*corev1.Node)
+	b, ok2 := new.(*corev1.Node)
+	return ok && ok2 && maps.Equal(a.Labels, b.Labels) && slices.Equal(nodeAddresses(a), nodeAddresses(b))
+}
+
 // Synced is closed when the policies known at start are in force.
 func (c *Controller) Synced() <-chan struct{} { return c.complete }
 
@@ -185,6 +206,13 @@ func (c *Controller) Problems() map[types.NamespacedName]string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.table.Problems()
+}
+
+// Entries are how many the policy map holds, and how many may be.
+func (c *Controller) Entries() (used, fits int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.table.entries, c.cfg.Limits.Entries
 }
 
 // Run follows the API until ctx ends. What is in the kernel stays.
@@ -226,7 +254,16 @@ func (c *Controller) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if len(known) > 0 {
+	if c.wide != nil {
+		if err := c.wide.start(ctx, c.handler(theDefinition, nil), c.handler(oneClusterPolicy, nil)); err != nil {
+			return err
+		}
+	}
+	wide, err := c.wide.list()
+	if err != nil {
+		return err
+	}
+	if len(known)+len(wide) > 0 {
 		if err := c.watchCluster(ctx); err != nil {
 			return err
 		}
@@ -234,6 +271,9 @@ func (c *Controller) start(ctx context.Context) error {
 	c.mu.Lock()
 	for _, np := range known {
 		c.table.Learn(np)
+	}
+	for _, o := range wide {
+		c.table.LearnCluster(o)
 	}
 	c.table.ResolveAll()
 	c.resolved = true
@@ -246,17 +286,24 @@ func (c *Controller) start(ctx context.Context) error {
 func (c *Controller) sync(ctx context.Context, t task) error {
 	start := time.Now()
 	var np *networkingv1.NetworkPolicy
-	if t.kind == onePolicy {
-		var err error
+	var wide *v1beta1.ClusterNetworkPolicy
+	var err error
+	switch t.kind {
+	case onePolicy:
 		np, err = c.policies.NetworkPolicies(t.name.Namespace).Get(t.name.Name)
-		if err != nil && !apierrors.IsNotFound(err) {
-			return err
+		if apierrors.IsNotFound(err) {
+			err = nil
 		}
-		if np != nil {
-			if err := c.watchCluster(ctx); err != nil {
-				return err
-			}
-		}
+	case oneClusterPolicy:
+		wide, err = c.wide.get(t.name.Name)
+	case theDefinition:
+		err = c.wide.watch(ctx, c.handler(oneClusterPolicy, nil))
+	}
+	if err == nil && (np != nil || wide != nil) {
+		err = c.watchCluster(ctx)
+	}
+	if err != nil {
+		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -275,6 +322,14 @@ func (c *Controller) sync(ctx context.Context, t task) error {
 		}
 	case oneNamespace:
 		c.table.SetNamespace(t.name.Name)
+	case oneClusterPolicy:
+		if wide != nil {
+			c.table.SetClusterPolicy(wide)
+		} else {
+			c.table.DeleteClusterPolicy(t.name.Name)
+		}
+	case oneNode:
+		c.table.SetNodes()
 	}
 	if err := c.table.Flush(c.cfg.Kernel); err != nil {
 		return err
@@ -322,7 +377,11 @@ func (c *Controller) tell() {
 		if c.cfg.Events == nil {
 			continue
 		}
-		if np, err := c.policies.NetworkPolicies(name.Namespace).Get(name.Name); err == nil {
+		if name.Namespace == "" {
+			if o, err := c.wide.get(name.Name); err == nil && o != nil {
+				c.cfg.Events.Event(o, corev1.EventTypeWarning, "NotInForce", text)
+			}
+		} else if np, err := c.policies.NetworkPolicies(name.Namespace).Get(name.Name); err == nil {
 			c.cfg.Events.Event(np, corev1.EventTypeWarning, "NotInForce", text)
 		}
 	}

@@ -3,6 +3,8 @@
 package policy
 
 import (
+	"strings"
+
 	"k8s.io/apimachinery/pkg/types"
 
 	"skep.io/skep/dataplane/maps"
@@ -23,15 +25,16 @@ const (
 )
 
 // Denial names the policies of a set that denied a connection of one of the node's pods. why says what else
-// is the matter; without it, none of the policies lets the connection pass.
-func (c *Controller) Denial(set uint32, pod types.NamespacedName, direction string) (policies []string, why string) {
+// is the matter; without it, none of the policies lets the connection pass, or one of an administrator denies it: rule
+// is its tier and place, else 0; with maps.AnyRule all are named.
+func (c *Controller) Denial(set, rule uint32, pod types.NamespacedName, direction string) (policies []string, why string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.table.Denial(set, pod, direction)
+	return c.table.Denial(set, rule, pod, direction)
 }
 
 // Denial is the Controller's.
-func (t *Table) Denial(set uint32, pod types.NamespacedName, direction string) (policies []string, why string) {
+func (t *Table) Denial(set, rule uint32, pod types.NamespacedName, direction string) (policies []string, why string) {
 	if set == maps.PolicyClosed {
 		for _, slot := range sortedSlots(t.locals) {
 			l := t.locals[slot]
@@ -40,7 +43,7 @@ func (t *Table) Denial(set uint32, pod types.NamespacedName, direction string) (
 					continue
 				}
 				for _, p := range l.refused[d].policies {
-					policies = append(policies, p.name.String())
+					policies = append(policies, p.String())
 				}
 			}
 		}
@@ -55,8 +58,20 @@ func (t *Table) Denial(set uint32, pod types.NamespacedName, direction string) (
 			info = t.former[i].info
 		}
 	}
-	for _, name := range info.Policies {
-		policies = append(policies, info.Namespace+"/"+name)
+	tier, place := maps.RuleOf(rule)
+	if names := info.Places[tier]; rule != 0 && place > 0 && place <= len(names) {
+		return []string{names[place-1]}, ""
 	}
-	return policies, ""
+	if rule != 0 && rule != maps.AnyRule { // there was no room for a pod's rules
+		why = NotInForce
+	}
+	for _, name := range info.Policies {
+		switch {
+		case !strings.Contains(name, "/"):
+			policies = append(policies, info.Namespace+"/"+name)
+		case rule != 0:
+			policies = append(policies, name)
+		}
+	}
+	return policies, why
 }

@@ -3,9 +3,7 @@
 package policy
 
 import (
-	"cmp"
 	"fmt"
-	"slices"
 
 	"k8s.io/apimachinery/pkg/types"
 
@@ -33,7 +31,8 @@ type refusal struct {
 }
 
 // Inherit says what a slot has that an earlier process gave to a pod. It stays in force until the pod is attached
-// again, or the slot detached: without it a table that knows of no pods yet would open all of them.
+// again, or the slot detached: without it a table that knows of no pods yet would open all of them. All slots are inherited
+// before the first pod is attached: while the table knows of none that is isolated, nothing is looked up.
 func (t *Table) Inherit(slot uint32, has maps.PolicySets) { t.inherited[slot] = has }
 
 // Attach gives a slot to a pod of this node. has is what the kernel has there.
@@ -90,23 +89,37 @@ func (t *Table) release(l *local) {
 	}
 }
 
-func (t *Table) resolveLocal(slot uint32, l *local) {
-	// A pod that was deleted by force may still run: it stays what it was.
+// refresh takes what is known of a pod now. One that was deleted by force may still run: it stays what it was.
+func (t *Table) refresh(l *local) {
 	if pod := t.cluster.Pod(l.NamespacedName); pod != nil && (l.UID == "" || l.UID == pod.UID) {
 		l.pod = pod
 	}
+}
+
+// judging gives the policies of one direction; known is false where nobody knows yet which select the pod.
+func (t *Table) judging(d direction, l *local) (policies []*Policy, known bool) {
+	if len(t.policies[l.Namespace]) == 0 && len(t.clusterwide) == 0 {
+		return nil, true
+	}
+	namespace := t.cluster.Namespace(l.Namespace)
+	if l.pod == nil || namespace == nil && len(t.clusterwide) > 0 {
+		return nil, false
+	}
+	return t.selecting(d, l.pod, namespace), true
+}
+
+func (t *Table) resolveLocal(slot uint32, l *local) {
+	t.refresh(l)
 	var sets [2]*set
 	var want [2]uint32
-	policies := t.policies[l.Namespace]
 	for d := ingress; d <= egress; d++ {
 		l.refused[d] = refusal{}
-		switch {
-		case len(policies) == 0:
-		case l.pod == nil: // which of the policies select it, nobody knows yet
+		policies, known := t.judging(d, l)
+		if !known {
 			want[d] = maps.PolicyClosed
-		default:
-			sets[d], want[d] = t.use(d, selecting(policies, d, l.pod), l)
+			continue
 		}
+		sets[d], want[d] = t.use(d, policies, l)
 	}
 	t.switchTo(slot, l, maps.PolicySets{Ingress: want[ingress], Egress: want[egress]})
 	old := l.sets
@@ -123,16 +136,6 @@ func (t *Table) switchTo(slot uint32, l *local, want maps.PolicySets) {
 	}
 }
 
-func selecting(policies map[string]*Policy, d direction, pod *Pod) (out []*Policy) {
-	for _, p := range policies {
-		if p.isolates[d] && p.selects.Matches(pod.Labels) {
-			out = append(out, p)
-		}
-	}
-	slices.SortFunc(out, func(a, b *Policy) int { return cmp.Compare(a.name.Name, b.name.Name) })
-	return out
-}
-
 // use finds or makes the set of policies for one of the node's pods.
 func (t *Table) use(d direction, policies []*Policy, l *local) (*set, uint32) {
 	if len(policies) == 0 {
@@ -144,23 +147,30 @@ func (t *Table) use(d direction, policies []*Policy, l *local) (*set, uint32) {
 			return nil, maps.PolicyClosed
 		}
 	}
-	key := setKey(d, policies, l.pod)
+	key, tiers := setKey(d, policies, l.pod, t.cluster)
 	if s, ok := t.sets[key]; ok {
 		s.users++
 		return s, s.number
 	}
-	s := newSet(0, key, d, policies, l.pod)
-	keys, blocks := s.base()
-	if len(keys) > t.limits.Set || len(blocks) > t.limits.Set || t.entries+len(keys) > t.limits.Entries {
+	s, rules := newSet(key, tiers, d, policies, l.pod, t.cluster)
+	for tier, rules := range s.places {
+		if len(rules) > maps.TierRules {
+			l.refused[d] = refusal{policies, fmt.Sprintf("%d %s rules of one tier (%d) judge it; %d fit", len(rules), d, tier, maps.TierRules)}
+			return nil, maps.PolicyClosed
+		}
+	}
+	counter := t.counter.set%0xfffffe + 1
+	s.number, s.users = t.epoch|counter, 1
+	c := s.plan(rules, nil)
+	if !t.fits(s, c) {
 		l.refused[d] = refusal{policies, fmt.Sprintf(
 			"the %s rules of all policies that select it need %d entries and %d IP blocks; %d fit one pod, and %d the node, which has %d already",
-			d, len(keys), len(blocks), t.limits.Set, t.limits.Entries, t.entries)}
+			d, c.size, len(c.points), t.limits.Set, t.limits.Entries, t.entries)}
 		return nil, maps.PolicyClosed
 	}
-	t.counter.set = t.counter.set%0xfffffe + 1
-	s.number, s.users = t.epoch|t.counter.set, 1
-	t.sets[key] = s
-	t.info[s.number] = SetInfo{d.String(), l.Namespace, s.names()}
-	t.write(s)
+	t.counter.set, t.sets[key] = counter, s
+	t.name(s, l.Namespace)
+	t.do(Action{Count: s.number})
+	t.apply(s, c)
 	return s, s.number
 }

@@ -38,6 +38,9 @@ func (p *Pod) key() types.NamespacedName {
 // when it has ended and the address may be another's.
 func PodOf(o *corev1.Pod) *Pod {
 	p := &Pod{Namespace: o.Namespace, Name: o.Name, UID: o.UID, Labels: o.Labels}
+	if uid, ok := o.Annotations[corev1.MirrorPodAnnotationKey]; ok {
+		p.UID = types.UID(uid) // it shows a static pod, which has that uid on its node
+	}
 	add := func(c *corev1.Container) {
 		for _, port := range c.Ports {
 			proto, err := protocol(port.Protocol)

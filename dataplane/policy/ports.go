@@ -43,23 +43,31 @@ func merge(rs []portRange) []portRange {
 	return out
 }
 
-// keys are the fewest entries that let peer use these ports: a prefix for each aligned power of two.
-func (p *ports) keys(set, peer uint32) []maps.PolicyKey {
+// entries are the fewest that let peer use these ports: a prefix for each aligned power of two.
+func (p *ports) entries(set, peer uint32) []maps.PolicyEntry {
 	if p.all {
-		return []maps.PolicyKey{{Bits: maps.PolicyBitsPeer, Set: set, Peer: peer}}
+		return []maps.PolicyEntry{{Key: maps.PolicyKey{Bits: maps.PolicyBitsPeer, Set: set, Peer: peer}, Verdict: maps.PolicyAllow}}
 	}
-	var out []maps.PolicyKey
+	var out []maps.PolicyEntry
 	for proto, rs := range p.byProto {
 		for _, r := range merge(rs) {
-			for first := uint32(r.first); first <= uint32(r.last); {
-				size := uint32(1) << min(bits.TrailingZeros32(first|1<<16), bits.Len32(uint32(r.last)-first+1)-1)
-				out = append(out, maps.PolicyKey{
-					Bits: maps.PolicyBitsProto + 16 - uint32(bits.TrailingZeros32(size)),
-					Set:  set, Peer: peer, Proto: proto, Port: maps.PortOf(uint16(first)),
-				})
-				first += size
+			for _, key := range r.keys(set, peer, proto) {
+				out = append(out, maps.PolicyEntry{Key: key, Verdict: maps.PolicyAllow})
 			}
 		}
+	}
+	return out
+}
+
+// keys are the fewest prefixes that hold exactly the range.
+func (r portRange) keys(set, peer uint32, proto uint8) (out []maps.PolicyKey) {
+	for first := uint32(r.first); first <= uint32(r.last); {
+		size := uint32(1) << min(bits.TrailingZeros32(first|1<<16), bits.Len32(uint32(r.last)-first+1)-1)
+		out = append(out, maps.PolicyKey{
+			Bits: maps.PolicyBitsProto + 16 - uint32(bits.TrailingZeros32(size)),
+			Set:  set, Peer: peer, Proto: proto, Port: maps.PortOf(uint16(first)),
+		})
+		first += size
 	}
 	return out
 }

@@ -6,6 +6,8 @@ package policy
 import (
 	"fmt"
 	"net/netip"
+	"reflect"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -27,19 +29,27 @@ const (
 
 func (d direction) String() string { return [...]string{"ingress", "egress"}[d] }
 
-// Policy is a NetworkPolicy, understood.
+// Policy is a NetworkPolicy or a ClusterNetworkPolicy, understood.
 type Policy struct {
 	name     types.NamespacedName
-	revision uint64 // another one for other content
-	spec     *networkingv1.NetworkPolicySpec
+	revision uint64          // another one for other content
+	spec     any             // a pointer to that of the API object
+	tier     maps.Tier       // 0 for NetworkPolicies
+	priority int32           // in its tier, the lowest first
+	subject  labels.Selector // of namespaces; nil for NetworkPolicies, which have their own
 	selects  labels.Selector
 	isolates [2]bool
 	rules    [2][]rule
 	problem  error // what could not be understood: then nothing is let through
 }
 
-// rule lets its peers use its ports.
+// rule lets its peers use its ports, or does what its action is.
 type rule struct {
+	tier   maps.Tier // and the rest of these lines are of ClusterNetworkPolicies only
+	place  int       // in all rules of the tier that judge a pod, from 1 on
+	action maps.TierAction
+	nodes  []labels.Selector
+
 	anyPeer bool
 	pods    []podPeer
 	blocks  []block
@@ -60,10 +70,12 @@ type block struct {
 
 // portRule is a range, or a name that the pod on the receiving side gives a meaning.
 type portRule struct {
-	proto uint8
+	proto uint8 // 0, with a name, is any
 	ports portRange
 	name  string
 }
+
+func (p *Policy) same(spec any) bool { return reflect.DeepEqual(p.spec, spec) }
 
 // understand never fails: a policy with a part that makes no sense isolates and allows nothing.
 func understand(np *networkingv1.NetworkPolicy) *Policy {
@@ -225,6 +237,15 @@ func (r *rule) matches(pod *Pod, namespace labels.Set) bool {
 	return false
 }
 
+// named says whether a port has a name for a number.
+func (r *rule) named() bool {
+	return slices.ContainsFunc(r.ports, func(p portRule) bool { return p.name != "" })
+}
+
+func (p *Policy) named(d direction) bool {
+	return slices.ContainsFunc(p.rules[d], func(r rule) bool { return r.named() })
+}
+
 // open adds the rule's ports to out. Names mean what target, the pod on the receiving side, gives them;
 // it is nil for addresses that are no pod's. named tells whether only those are wanted.
 func (r *rule) open(out *ports, target *Pod, named bool) {
@@ -243,8 +264,8 @@ func (r *rule) open(out *ports, target *Pod, named bool) {
 			continue
 		}
 		for _, c := range target.Ports {
-			if c.Name == p.name && c.Proto == p.proto {
-				out.add(p.proto, portRange{c.Port, c.Port})
+			if c.Name == p.name && (p.proto == 0 || c.Proto == p.proto) {
+				out.add(c.Proto, portRange{c.Port, c.Port})
 			}
 		}
 	}

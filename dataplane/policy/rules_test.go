@@ -4,6 +4,7 @@ package policy
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -31,7 +32,7 @@ func TestPorts(t *testing.T) {
 		for _, r := range c.ranges {
 			p.add(maps.TCP, r)
 		}
-		if got := p.keys(1, 2); len(got) != c.want {
+		if got := p.entries(1, 2); len(got) != c.want {
 			t.Errorf("%v: %d entries, want %d: %v", c.ranges, len(got), c.want, got)
 		}
 	}
@@ -46,7 +47,8 @@ func TestPorts(t *testing.T) {
 				in[uint16(n)] = true
 			}
 		}
-		for _, k := range p.keys(1, 2) {
+		for _, e := range p.entries(1, 2) {
+			k := e.Key
 			n := 1 << (maps.PolicyBitsPort - k.Bits)
 			for i := range n {
 				port := k.Port.Number() + uint16(i)
@@ -71,7 +73,7 @@ func fixture() (*world, *kernel, *Table) {
 		}
 	}
 	w := &world{model.Cluster{
-		Namespaces: []*corev1.Namespace{{ObjectMeta: metav1.ObjectMeta{Name: "ns"}}},
+		Namespaces: []*corev1.Namespace{{ObjectMeta: metav1.ObjectMeta{Name: "ns", Labels: map[string]string{"team": "a"}}}},
 		Pods:       []*corev1.Pod{pod("local", "10.42.0.1"), pod("remote", "10.42.0.2")},
 	}}
 	table := NewTable(w, Limits{Entries: 100, Set: 50}, maps.PolicyState{Epoch: 1})
@@ -268,5 +270,143 @@ func TestCostOfOnePod(t *testing.T) {
 	}
 	if few, many := cost(2), cost(300); few != many || few > 3 {
 		t.Errorf("%d writes among 2 pods, %d among 300", few, many)
+	}
+}
+
+// TestCostOfOnePolicy: what a policy costs that comes, changes or goes does not depend on how many others select the same
+// pods, and what its pods are let do by those is not written again.
+func TestCostOfOnePolicy(t *testing.T) {
+	const rules = 100
+	one := func(n int, port int32) *networkingv1.NetworkPolicy {
+		var r []networkingv1.NetworkPolicyIngressRule
+		for i := range rules {
+			r = append(r, networkingv1.NetworkPolicyIngressRule{
+				From:  []networkingv1.NetworkPolicyPeer{{IPBlock: &networkingv1.IPBlock{CIDR: fmt.Sprintf("10.%d.%d.0/24", n, i)}}},
+				Ports: []networkingv1.NetworkPolicyPort{{Port: new(intstr.FromInt32(port + int32(i)))}},
+			})
+		}
+		r = append(r, networkingv1.NetworkPolicyIngressRule{From: []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{}}},
+			Ports: []networkingv1.NetworkPolicyPort{{Port: new(intstr.FromInt32(int32(10000 + n)))}}})
+		return policy(fmt.Sprint("p", n), networkingv1.NetworkPolicySpec{Ingress: r})
+	}
+	cost := func(among int) (comes, changes, goes int) {
+		w, k, table := fixture()
+		table.limits = Limits{Entries: 1 << 20, Set: 1 << 16}
+		count := func(change func()) int {
+			before, set := k.writes, k.slots[1].Ingress
+			change()
+			if err := table.Flush(k); err != nil {
+				t.Fatal(err)
+			}
+			if err := table.Collect(k, func(SetInfo, uint64) {}); err != nil {
+				t.Fatal(err)
+			}
+			if set != 0 && k.slots[1].Ingress != set {
+				t.Errorf("another set, for all of %d policies", among)
+			}
+			k.check(t, w)
+			return k.writes - before
+		}
+		set := func(np *networkingv1.NetworkPolicy) func() {
+			return func() {
+				w.Policies = replace(w.Policies, types.NamespacedName{Namespace: np.Namespace, Name: np.Name}, np)
+				table.SetPolicy(np)
+			}
+		}
+		for n := range among {
+			count(set(one(n, 1000)))
+		}
+		comes = count(set(one(200, 2000)))
+		changes = count(set(one(200, 3000)))
+		goes = count(func() {
+			name := types.NamespacedName{Namespace: "ns", Name: "p200"}
+			w.Policies = replace(w.Policies, name)
+			table.DeletePolicy(name)
+		})
+		return comes, changes, goes
+	}
+	c1, u1, g1 := cost(1)
+	c2, u2, g2 := cost(40)
+	if c1 != c2 || u1 != u2 || g1 != g2 {
+		t.Errorf("beside one policy it costs %d, %d and %d writes to come, change and go; beside 40 %d, %d and %d", c1, u1, g1, c2, u2, g2)
+	}
+	if c1 > 3*rules || u1 > 9*rules || g1 > 3*rules {
+		t.Errorf("%d rules cost %d, %d and %d writes to come, change and go", rules, c1, u1, g1)
+	}
+}
+
+// TestDropsOfChangingSets: a set's drops are those of the policies that it had.
+func TestDropsOfChangingSets(t *testing.T) {
+	_, k, table := fixture()
+	told := map[string]uint64{}
+	final := func(i SetInfo, n uint64) { told[strings.Join(i.Policies, ",")] += n }
+	do := func(change func(), drops uint64) {
+		t.Helper()
+		change()
+		if err := table.Flush(k); err != nil {
+			t.Fatal(err)
+		}
+		if err := table.Collect(k, final); err != nil {
+			t.Fatal(err)
+		}
+		for set := range k.drops {
+			k.drops[set] += drops
+		}
+	}
+	do(func() { table.SetPolicy(policy("a", networkingv1.NetworkPolicySpec{})) }, 3)
+	do(func() { table.SetPolicy(policy("b", networkingv1.NetworkPolicySpec{})) }, 5)
+	if err := table.Drops(k, final); err != nil {
+		t.Fatal(err)
+	}
+	if told["a"] != 3 || told["a,b"] != 5 {
+		t.Errorf("told: %v", told)
+	}
+	set := k.slots[1].Ingress
+	if names, _ := table.Denial(set, 0, types.NamespacedName{Namespace: "ns", Name: "local"}, "ingress"); len(names) != 2 {
+		t.Errorf("the set is of %v", names)
+	}
+}
+
+// TestPolicyThatSaysItElsewhere: who may do something before and after a policy changes may do it all the while, for programs
+// too that look up one entry before and the next one later.
+func TestPolicyThatSaysItElsewhere(t *testing.T) {
+	from := map[string][]networkingv1.NetworkPolicyPeer{
+		"everybody": nil,
+		"pod":       {{PodSelector: &metav1.LabelSelector{}}},
+		"block":     {{IPBlock: &networkingv1.IPBlock{CIDR: "10.42.0.2/32"}}},
+	}
+	for before, peers := range from {
+		for after, others := range from {
+			w, k, table := fixture()
+			set := func(peers []networkingv1.NetworkPolicyPeer) {
+				port := []networkingv1.NetworkPolicyPort{{Port: new(intstr.FromInt32(80))}}
+				np := policy("p", networkingv1.NetworkPolicySpec{Ingress: []networkingv1.NetworkPolicyIngressRule{{From: peers, Ports: port}}})
+				w.Policies = []*networkingv1.NetworkPolicy{np}
+				table.SetPolicy(np)
+				if err := table.Flush(k); err != nil {
+					t.Fatal(err)
+				}
+				k.check(t, w)
+			}
+			set(peers)
+			in := k.slots[1].Ingress
+			k.look = func() {
+				k.remember()
+				for i := range k.past {
+					for j := i; j < len(k.past); j++ {
+						at := [3]content{k.past[i], k.past[j], k.now()}
+						if passes, _ := judge(at, in, netip.MustParseAddr("10.42.0.2"), maps.TCP, 80); !passes {
+							t.Errorf("from %s to %s: denied in between", before, after)
+						}
+					}
+				}
+			}
+			k.past = nil
+			k.remember()
+			set(others)
+			if k.slots[1].Ingress != in {
+				t.Errorf("from %s to %s: another set", before, after)
+			}
+		}
 	}
 }

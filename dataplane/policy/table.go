@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
-	"reflect"
 	"slices"
 
 	networkingv1 "k8s.io/api/networking/v1"
@@ -18,9 +17,10 @@ import (
 
 // Cluster is what policies are about, as it is known.
 type Cluster interface {
-	Pod(types.NamespacedName) *Pod    // nil if unknown
-	Pods(namespace string) []*Pod     // of all namespaces if empty
-	Namespace(name string) labels.Set // of its labels
+	Pod(types.NamespacedName) *Pod      // nil if unknown
+	Pods(namespace string) []*Pod       // of all namespaces if empty
+	Namespace(name string) labels.Set   // its labels; nil if unknown
+	Nodes(labels.Selector) []netip.Addr // their addresses, in order
 }
 
 // Limits of a Table.
@@ -31,10 +31,10 @@ type Limits struct {
 
 // Table knows what the kernel's maps should hold, and which steps lead there from what they hold.
 //
-// Two rules make every change safe for a packet that comes in the middle of it. A set never changes, and an
-// identity never means something else: other rules or other labels get a new number. And nothing leads to
-// a number before all that is stored under it is written. So a packet is judged by what was wanted before,
-// or by what is wanted now.
+// Every change is safe for a packet that comes in the middle of it: it is judged by what was wanted before, or by what
+// is wanted now. An identity never means something else, other labels get a new number, and nothing leads to a number
+// before all that is stored under it is written. A set changes in place only where NetworkPolicies come, or where
+// they go: what is allowed then grows or shrinks, and no look-up depends on another. Else it is another set.
 //
 // Only pods that some set has a rule for have an identity. A Table is used by one goroutine at a time; it
 // does nothing but compute, and its steps are to be done in order.
@@ -48,22 +48,25 @@ type Table struct {
 	// revisions of policies
 	revision uint64
 
-	policies   map[string]map[string]*Policy // by namespace and name
-	sets       map[string]*set               // by key
-	identities map[string]*identity          // by key
-	pods       map[types.NamespacedName]*tracked
-	owners     map[netip.Addr]types.NamespacedName // who an address in the kernel belongs to
-	locals     map[uint32]*local                   // by slot
-	inherited  map[uint32]maps.PolicySets          // by slot: of an earlier epoch, whose pods are not known yet
-	entries    int
-	info       map[uint32]SetInfo // of all sets whose drops are counted
-	former     []formerSet        // that are gone: events about them may still be unread
+	policies    map[string]map[string]*Policy // by namespace and name
+	clusterwide map[string]*Policy            // by name
+	sets        map[string]*set               // by key
+	identities  map[string]*identity          // by key
+	pods        map[types.NamespacedName]*tracked
+	owners      map[netip.Addr]types.NamespacedName // who an address in the kernel belongs to
+	locals      map[uint32]*local                   // by slot
+	inherited   map[uint32]maps.PolicySets          // by slot: of an earlier epoch, whose pods are not known yet
+	entries     int
+	info        map[uint32]SetInfo // of all sets whose drops are counted
+	tallies     map[uint32]tally   // under which names
+	former      []formerSet        // that are gone: events about them may still be unread
 }
 
 // SetInfo names a set.
 type SetInfo struct {
 	Direction, Namespace string
-	Policies             []string
+	Policies             []string               // NetworkPolicies of the namespace, and TIER/NAME
+	Places               map[maps.Tier][]string // TIER/NAME of each rule, in order
 }
 
 // identity is pods that no rule can tell apart.
@@ -85,9 +88,9 @@ type tracked struct {
 func NewTable(c Cluster, limits Limits, state maps.PolicyState) *Table {
 	return &Table{
 		cluster: c, limits: limits, log: newLog(), state: state, epoch: state.Epoch << 24,
-		policies: map[string]map[string]*Policy{}, sets: map[string]*set{}, identities: map[string]*identity{},
+		policies: map[string]map[string]*Policy{}, clusterwide: map[string]*Policy{}, sets: map[string]*set{}, identities: map[string]*identity{},
 		pods: map[types.NamespacedName]*tracked{}, owners: map[netip.Addr]types.NamespacedName{},
-		locals: map[uint32]*local{}, inherited: map[uint32]maps.PolicySets{}, info: map[uint32]SetInfo{},
+		locals: map[uint32]*local{}, inherited: map[uint32]maps.PolicySets{}, info: map[uint32]SetInfo{}, tallies: map[uint32]tally{},
 	}
 }
 
@@ -133,7 +136,7 @@ func (t *Table) SetPolicy(np *networkingv1.NetworkPolicy) bool {
 // Learn is SetPolicy without consequences before ResolveAll.
 func (t *Table) Learn(np *networkingv1.NetworkPolicy) bool {
 	old := t.policies[np.Namespace][np.Name]
-	if old != nil && reflect.DeepEqual(old.spec, &np.Spec) {
+	if old != nil && old.same(&np.Spec) {
 		return false
 	}
 	p := understand(np)
@@ -161,19 +164,20 @@ func (t *Table) DeletePolicy(name types.NamespacedName) bool {
 
 // resolve finds the sets of the node's pods in a namespace.
 func (t *Table) resolve(namespace string) {
-	before := len(t.log.actions)
-	for _, slot := range sortedSlots(t.locals) {
-		if l := t.locals[slot]; l.Namespace == namespace {
-			t.resolveLocal(slot, l)
-		}
-	}
-	t.settle(before)
+	t.resolveSlots(func(l *local) bool { return l.Namespace == namespace })
 }
 
 // ResolveAll finds the sets of all of the node's pods: once everything is known.
-func (t *Table) ResolveAll() {
+func (t *Table) ResolveAll() { t.resolveSlots(func(*local) bool { return true }) }
+
+func (t *Table) resolveSlots(which func(*local) bool) {
 	before := len(t.log.actions)
-	for _, slot := range sortedSlots(t.locals) {
+	slots := slices.DeleteFunc(sortedSlots(t.locals), func(slot uint32) bool { return !which(t.locals[slot]) })
+	for _, slot := range slots {
+		t.refresh(t.locals[slot])
+	}
+	t.moveSets(slots)
+	for _, slot := range slots {
 		t.resolveLocal(slot, t.locals[slot])
 	}
 	t.settle(before)
@@ -188,43 +192,6 @@ func sortedSlots(m map[uint32]*local) []uint32 {
 	return out
 }
 
-// write stores a new set: its own rules, and what it lets every pod do.
-func (t *Table) write(s *set) {
-	keys, blocks := s.base()
-	t.entries += len(keys)
-	t.do(Action{Count: s.number})
-	if len(keys) > 0 {
-		t.do(Action{Allow: keys})
-	}
-	if len(blocks) > 0 {
-		t.do(Action{Peers: blocks})
-	}
-	for _, id := range t.sortedIdentities() {
-		t.allow(s, id)
-	}
-	for _, pod := range t.cluster.Pods(s.scope()) {
-		if _, known := t.pods[pod.key()]; !known && len(s.of(pod, t.cluster.Namespace(pod.Namespace), 0)) > 0 {
-			t.track(pod)
-		}
-	}
-}
-
-// scope is the namespace that all pods of the set's rules are in, or empty.
-func (s *set) scope() string {
-	for i := range s.rules {
-		r := &s.rules[i]
-		if r.anyPeer && s.direction == egress && len(r.ports) > 0 {
-			return ""
-		}
-		for j := range r.pods {
-			if r.pods[j].namespaces != nil {
-				return ""
-			}
-		}
-	}
-	return s.policies[0].name.Namespace
-}
-
 func (t *Table) sortedIdentities() []*identity {
 	out := make([]*identity, 0, len(t.identities))
 	for _, id := range t.identities {
@@ -236,16 +203,29 @@ func (t *Table) sortedIdentities() []*identity {
 
 // allow writes what a set lets an identity do.
 func (t *Table) allow(s *set, id *identity) {
-	keys := s.of(id.pod, id.namespace, id.number)
-	if len(keys) == 0 {
-		return
+	if entries := t.admit(s, id, 0); len(entries) > 0 {
+		t.do(Action{Allow: entries})
 	}
-	if t.entries+len(keys) > t.limits.Entries {
+}
+
+// admit gives what a set should have of an identity, of which it has some entries, as far as there is room.
+func (t *Table) admit(s *set, id *identity, has int) []maps.PolicyEntry {
+	delete(s.left, id.number)
+	entries := s.of(id.pod, id.namespace, id.number)
+	if len(entries) > 0 && t.entries-has+len(entries) > t.limits.Entries {
 		s.left[id.number] = true
-		return
+		entries = s.written(id)
 	}
-	t.entries += len(keys)
-	t.do(Action{Allow: keys})
+	t.entries += len(entries) - has
+	return entries
+}
+
+func keysOf(entries []maps.PolicyEntry) []maps.PolicyKey {
+	out := make([]maps.PolicyKey, 0, len(entries))
+	for i := range entries {
+		out = append(out, entries[i].Key)
+	}
+	return out
 }
 
 // unuse lets a set go when its last pod has.
@@ -257,20 +237,24 @@ func (t *Table) unuse(s *set) {
 		return
 	}
 	delete(t.sets, s.key)
-	keys, blocks := s.base()
-	t.entries -= len(keys)
+	entries := slices.Clone(s.anybody)
+	for _, k := range s.classes {
+		entries = append(entries, k.entries...)
+	}
 	for _, id := range t.sortedIdentities() {
-		if !s.left[id.number] {
-			more := s.of(id.pod, id.namespace, id.number)
-			t.entries -= len(more)
-			keys = append(keys, more...)
-		}
+		entries = append(entries, s.written(id)...)
 	}
-	gone := make([]maps.IdentityKey, 0, len(blocks))
-	for _, b := range blocks {
-		gone = append(gone, b.Key)
+	t.entries -= len(entries)
+	gone := make([]maps.IdentityKey, 0, len(s.points))
+	for _, p := range s.points {
+		gone = append(gone, maps.IdentityKeyOf(s.number, p.prefix))
 	}
-	t.later(Action{Disallow: keys, Forget: gone, Uncount: s.number})
+	t.later(Action{Disallow: keysOf(entries), Forget: gone, Uncount: s.number})
+	t.untrackUseless()
+}
+
+// untrackUseless is for pods that no set has a rule for any more.
+func (t *Table) untrackUseless() {
 	useless := map[*identity]bool{}
 	for _, id := range t.identities {
 		useless[id] = !t.relevant(id.pod, id.namespace)
@@ -321,6 +305,9 @@ func (t *Table) SetNamespace(name string) {
 		t.updatePod(pod)
 	}
 	t.settle(before)
+	if len(t.clusterwide) > 0 {
+		t.resolve(name) // other policies may select its pods
+	}
 }
 
 func (t *Table) updatePod(pod *Pod) {
@@ -428,31 +415,59 @@ func (t *Table) leave(id *identity) {
 		return
 	}
 	delete(t.identities, id.key)
-	var keys []maps.PolicyKey
+	var entries []maps.PolicyEntry
 	for _, s := range t.sortedSets() {
-		if s.left[id.number] {
-			delete(s.left, id.number)
-			continue
-		}
-		keys = append(keys, s.of(id.pod, id.namespace, id.number)...)
+		entries = append(entries, s.written(id)...)
+		delete(s.left, id.number)
 	}
-	t.entries -= len(keys)
-	t.later(Action{Disallow: keys})
+	t.entries -= len(entries)
+	t.later(Action{Disallow: keysOf(entries)})
 }
 
 // Flush does to the kernel what is still to be done.
 func (t *Table) Flush(s Store) error { return t.log.flush(s) }
 
-// Collect deletes what nothing leads to any more. final is told how many packets a set dropped in all.
+// tally is whose drops a set counts. The policies of a set may change while it counts.
+type tally struct {
+	info  SetInfo
+	told  uint64 // of the kernel's count, which has to do with earlier names
+	stale bool   // the set has other names now
+}
+
+// name says which policies a set is made of.
+func (t *Table) name(s *set, namespace string) {
+	info := SetInfo{s.direction.String(), namespace, s.names(), s.places}
+	t.info[s.number] = info
+	if old, ok := t.tallies[s.number]; ok {
+		old.stale = true
+		t.tallies[s.number] = old
+		return
+	}
+	t.tallies[s.number] = tally{info: info}
+}
+
+// Collect deletes what nothing leads to any more. final is told how many packets a set dropped while it had these names.
 func (t *Table) Collect(s Store, final func(info SetInfo, drops uint64)) error {
+	for set, y := range t.tallies {
+		if !y.stale {
+			continue
+		}
+		n, err := s.PolicyDrops(set)
+		if err != nil {
+			return err
+		}
+		final(y.info, n-y.told)
+		t.tallies[set] = tally{info: t.info[set], told: n}
+	}
 	return t.log.collect(s, func(set uint32) error {
 		n, err := s.PolicyDrops(set)
 		if err != nil {
 			return err
 		}
 		if info, ok := t.info[set]; ok { // else it was told before the deletion failed
-			final(info, n)
+			final(info, n-t.tallies[set].told)
 			delete(t.info, set)
+			delete(t.tallies, set)
 			t.former = append(t.former[max(0, len(t.former)-formerSets+1):], formerSet{set, info})
 		}
 		return nil
@@ -461,12 +476,12 @@ func (t *Table) Collect(s Store, final func(info SetInfo, drops uint64)) error {
 
 // Drops asks the kernel for the packets that each set has dropped so far.
 func (t *Table) Drops(s Store, each func(info SetInfo, drops uint64)) error {
-	for set, info := range t.info {
+	for set, y := range t.tallies {
 		n, err := s.PolicyDrops(set)
 		if err != nil {
 			return err
 		}
-		each(info, n)
+		each(y.info, n-y.told)
 	}
 	return nil
 }

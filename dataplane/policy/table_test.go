@@ -50,6 +50,15 @@ func (w *world) Namespace(name string) labels.Set {
 	return nil
 }
 
+func (w *world) Nodes(s labels.Selector) (out []netip.Addr) {
+	for _, n := range w.Cluster.Nodes {
+		if s.Matches(labels.Set(n.Labels)) {
+			out = append(out, nodeAddresses(n)...)
+		}
+	}
+	return out
+}
+
 func (w *world) locals() (out []*corev1.Pod) {
 	for _, p := range w.Cluster.Pods {
 		if strings.HasPrefix(p.Name, "l") {
@@ -272,14 +281,23 @@ func TestTableProperty(t *testing.T) {
 		for i := range 2 {
 			w.Namespaces = append(w.Namespaces, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint("ns", i), Labels: d.labels("namespace")}})
 		}
+		w.Cluster.Nodes = []*corev1.Node{{Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Address: "192.0.2.9"}, {Address: "2001:db8::9"}, {Address: "node"}}}}}
 		k.state.Epoch = 1
 		table := NewTable(w, limits, k.state)
 
 		var conns []model.Connection
 		var before, after [][2]bool
-		// look judges every connection whose verdict did not change: by what is in the maps now, and by the
-		// sets that a program may have read just before.
+		// look judges every connection whose verdict did not change: by what is in the maps now, by the
+		// sets that a program may have read just before, and by what it may have looked up there before.
 		look := func() {
+			k.remember()
+			draw := func(from int) int {
+				inject()
+				return from + int(rng%uint64(len(k.past)-from))
+			}
+			first := draw(0)
+			second := draw(first)
+			torn := [3]content{k.past[first], k.past[second], k.now()}
 			for i, c := range conns {
 				for d := ingress; d <= egress; d++ {
 					if before[i][d] != after[i][d] {
@@ -293,6 +311,15 @@ func TestTableProperty(t *testing.T) {
 						continue
 					}
 					slot := slotOf(pod)
+					peer := c.From
+					if d == egress {
+						peer = c.To
+					}
+					read := torn[0].slots[slot]
+					set := [2]uint32{read.Ingress, read.Egress}[d]
+					if between, _ := judge(torn, set, peer, protos[c.Proto], uint16(c.Port)); between != before[i][d] && k.state.Version != 0 && c.From != c.To {
+						t.Fatalf("%s of %+v is %t for a program that reads meanwhile, but was and will be %t; by %v of %v", d, c, between, before[i][d], read, k)
+					}
 					for _, sets := range append([]maps.PolicySets{k.slots[slot]}, k.readers[slot]...) {
 						got := k.programs(w, c, func(uint32) maps.PolicySets { return sets })
 						if got[d] != before[i][d] {
@@ -308,6 +335,8 @@ func TestTableProperty(t *testing.T) {
 			do()
 			after = w.verdicts(conns)
 			clear(k.readers)
+			k.past = nil
+			k.remember()
 			k.look, k.fail = look, inject
 			for range 1000 {
 				if table.Flush(k) == nil {
@@ -321,7 +350,7 @@ func TestTableProperty(t *testing.T) {
 			k.check(t, w)
 		}
 		for range rapid.IntRange(1, 15).Draw(t, "steps") {
-			switch rapid.IntRange(0, 11).Draw(t, "what") {
+			switch rapid.IntRange(0, 16).Draw(t, "what") {
 			case 0, 1, 2, 3:
 				np := d.policy(fmt.Sprint("ns", rapid.IntRange(0, 1).Draw(t, "namespace")), fmt.Sprint("p", rapid.IntRange(0, 2).Draw(t, "name")))
 				change(func() {
@@ -363,20 +392,43 @@ func TestTableProperty(t *testing.T) {
 					ns.Labels = l
 					table.SetNamespace(ns.Name)
 				})
+			case 11, 12, 13:
+				o := d.clusterPolicy(fmt.Sprint("c", rapid.IntRange(0, 2).Draw(t, "name")))
+				change(func() {
+					w.ClusterPolicies = replace(w.ClusterPolicies, types.NamespacedName{Name: o.Name}, o)
+					table.SetClusterPolicy(o)
+				})
+			case 14:
+				name := fmt.Sprint("c", rapid.IntRange(0, 2).Draw(t, "name"))
+				change(func() {
+					w.ClusterPolicies = replace(w.ClusterPolicies, types.NamespacedName{Name: name})
+					table.DeleteClusterPolicy(name)
+				})
+			case 15:
+				l := d.labels("node")
+				change(func() {
+					w.Cluster.Nodes[0] = w.Cluster.Nodes[0].DeepCopy()
+					w.Cluster.Nodes[0].Labels = l
+					table.SetNodes()
+				})
 			default: // the process dies and another starts
 				k.state.Epoch++
 				late := rapid.Bool().Draw(t, "policies are known before pods are attached again")
 				change(func() {
 					table = NewTable(w, limits, k.state)
+					for _, p := range w.locals() { // all of them before the first is attached
+						table.Inherit(slotOf(p), k.slots[slotOf(p)])
+					}
 					for _, p := range w.locals() {
-						if late {
-							table.Inherit(slotOf(p), k.slots[slotOf(p)])
-						} else {
+						if !late {
 							table.Expect(slotOf(p), localOf(p), k.slots[slotOf(p)], true)
 						}
 					}
 					for _, np := range w.Policies {
 						table.Learn(np)
+					}
+					for _, o := range w.ClusterPolicies {
+						table.LearnCluster(o)
 					}
 					table.ResolveAll()
 				})
@@ -410,6 +462,9 @@ func TestTableProperty(t *testing.T) {
 		}
 		for _, np := range w.Policies {
 			fresh.Learn(np)
+		}
+		for _, o := range w.ClusterPolicies {
+			fresh.LearnCluster(o)
 		}
 		fresh.ResolveAll()
 		if err := fresh.Flush(other); err != nil {

@@ -26,6 +26,8 @@ type Frontend struct {
 	Scope uint8
 	// Ranged says that only clients in the set's Ranges may use it.
 	Ranged bool
+	// Maglev says that packets choose a backend by the set's consistent table.
+	Maglev bool
 }
 
 // Key is the frontend as the kernel knows it.
@@ -269,14 +271,17 @@ func frontends(svc *corev1.Service, port *corev1.ServicePort, family corev1.IPFa
 	externalLocal := svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal
 
 	var out []frontend
-	add := func(f Frontend, local bool) { out = append(out, frontend{f, local}) }
+	add := func(addr netip.Addr, number uint16, scope uint8, ranged, local bool) {
+		f := Frontend{Addr: addr, Port: number, Proto: proto, Scope: scope, Ranged: ranged, Maglev: maglev(svc, scope)}
+		out = append(out, frontend{f, local})
+	}
 	both := func(addr netip.Addr, number uint16, ranged bool) {
-		add(Frontend{addr, number, proto, maps.ScopeInternal, ranged}, false)
-		add(Frontend{addr, number, proto, maps.ScopeExternal, ranged}, externalLocal)
+		add(addr, number, maps.ScopeInternal, ranged, false)
+		add(addr, number, maps.ScopeExternal, ranged, externalLocal)
 	}
 	if svc.Annotations[api.NodeLocalAnnotation] != "true" {
 		for _, ip := range parse(clusterIPs(svc), family) {
-			add(Frontend{ip, number, proto, maps.ScopeInternal, false}, internalLocal)
+			add(ip, number, maps.ScopeInternal, false, internalLocal)
 		}
 	}
 	if port.NodePort > 0 {
@@ -302,6 +307,18 @@ func frontends(svc *corev1.Service, port *corev1.ServicePort, family corev1.IPFa
 		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Scope, b.Scope), -compareBool(a.Ranged, b.Ranged))
 	})
 	return slices.CompactFunc(out, func(a, b frontend) bool { return a.Key() == b.Key() })
+}
+
+// maglev says whether packets that ask a Service in a scope choose by a consistent table: those from outside may
+// reach another node in the middle of a connection, when routers choose anew.
+func maglev(svc *corev1.Service, scope uint8) bool {
+	switch svc.Annotations[api.AlgorithmAnnotation] {
+	case api.AlgorithmMaglev:
+		return true
+	case api.AlgorithmRandom:
+		return false
+	}
+	return scope == maps.ScopeExternal
 }
 
 func compareBool(a, b bool) int {
@@ -348,6 +365,11 @@ func unsupported(svc *corev1.Service) string {
 		if p.Protocol == corev1.ProtocolSCTP {
 			return fmt.Sprintf("port %d: services over SCTP are not translated; pods are still reached at their own addresses", p.Port)
 		}
+	}
+	switch a := svc.Annotations[api.AlgorithmAnnotation]; a {
+	case "", api.AlgorithmMaglev, api.AlgorithmRandom:
+	default:
+		return fmt.Sprintf("annotation %s: %q is neither %s nor %s: the default is used", api.AlgorithmAnnotation, a, api.AlgorithmMaglev, api.AlgorithmRandom)
 	}
 	return ""
 }

@@ -18,6 +18,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/informers"
 	corelisters "k8s.io/client-go/listers/core/v1"
@@ -57,6 +58,7 @@ type Controller struct {
 	nodes      corelisters.NodeLister
 	health     *healthServer
 	told       map[string]string // Service -> what an event said; only Run's goroutine uses it
+	refused    map[string]string // key -> the error that an event told; only Run's goroutine uses it
 	synced     []cache.InformerSynced
 	queue      workqueue.TypedRateLimitingInterface[string]
 	complete   chan struct{}
@@ -68,7 +70,7 @@ type Controller struct {
 	applied    prometheus.Histogram
 	latency    *latency
 	failures   prometheus.Counter
-	sizes      [3]atomic.Int64
+	sizes      [4]atomic.Int64
 	collectors []prometheus.Collector
 }
 
@@ -92,6 +94,7 @@ func NewController(cfg Config) (*Controller, error) {
 		complete:   make(chan struct{}),
 		health:     newHealthServer(cfg.Log),
 		told:       map[string]string{},
+		refused:    map[string]string{},
 		// The first retry comes after a millisecond: the kernel's errors are mostly momentary.
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](time.Millisecond, 30*time.Second)),
 	}
@@ -315,10 +318,11 @@ func (c *Controller) sync(ctx context.Context, key string) error {
 		}
 	}
 	c.name(key, want.Sets)
-	services, slots, backends := c.reconciler.Size()
-	c.sizes[0].Store(int64(services))
-	c.sizes[1].Store(int64(slots))
-	c.sizes[2].Store(int64(backends))
+	c.tellFailure(key, err)
+	services, slots, blocks, backends := c.reconciler.Size()
+	for i, n := range []int{services, slots, blocks, backends} {
+		c.sizes[i].Store(int64(n))
+	}
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -335,6 +339,30 @@ func (c *Controller) sync(ctx context.Context, key string) error {
 	c.applied.Observe(time.Since(start).Seconds())
 	c.latency.programmed(key, c.slicesOf(key), time.Now())
 	return nil
+}
+
+// tellFailure makes an event of a Service that is not in the kernel as it should be, once for each reason.
+func (c *Controller) tellFailure(key string, failed error) {
+	if failed == nil {
+		delete(c.refused, key)
+		return
+	}
+	if c.refused[key] == failed.Error() || c.cfg.Events == nil {
+		return
+	}
+	c.refused[key] = failed.Error()
+	namespace, name, _ := strings.Cut(strings.TrimPrefix(key, podPrefix), "/")
+	var about runtime.Object
+	if strings.HasPrefix(key, podPrefix) {
+		if pod, err := c.pods.Pods(namespace).Get(name); err == nil {
+			about = pod
+		}
+	} else if svc, err := c.services.Services(namespace).Get(name); err == nil {
+		about = svc
+	}
+	if about != nil { // else it has been deleted
+		c.cfg.Events.Eventf(about, corev1.EventTypeWarning, "NotProgrammed", "Node %s: %v; what was there before works on", c.cfg.NodeName, failed)
+	}
 }
 
 // slicesOf is empty if there are none, or an informer's index is not what it should be.
@@ -415,6 +443,18 @@ func (c *Controller) collect(ctx context.Context) {
 	}
 }
 
+// measured are the maps whose entries are counted, in the order of sizes.
+var measured = []string{"services", "slots", "tables", "backends"}
+
+// Sizes are how many entries the maps hold.
+func (c *Controller) Sizes() map[string]int64 {
+	out := map[string]int64{}
+	for i, name := range measured {
+		out[name] = c.sizes[i].Load()
+	}
+	return out
+}
+
 func (c *Controller) register() error {
 	c.applied = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name:    "skep_dataplane_service_apply_seconds",
@@ -427,7 +467,7 @@ func (c *Controller) register() error {
 	})
 	c.latency = newLatency(time.Now())
 	c.collectors = []prometheus.Collector{c.applied, c.failures, c.latency.histogram}
-	for i, name := range []string{"services", "slots", "backends"} {
+	for i, name := range measured {
 		c.collectors = append(c.collectors, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name:        "skep_dataplane_map_entries",
 			Help:        "Entries of a BPF map.",

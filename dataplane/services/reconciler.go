@@ -9,6 +9,8 @@ import (
 	"slices"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"skep.io/skep/dataplane/maps"
 )
 
@@ -17,10 +19,12 @@ type Store interface {
 	ReadServices() (maps.Snapshot, error)
 	PutBackends(ids []uint32, values []maps.Backend) error
 	PutSlots(keys []maps.SlotKey, values []uint32) error
+	PutTable(keys []maps.SlotKey, values []maps.TableBlock) error
 	PutRanges(keys []maps.SourceRangeKey) error
 	PutService(v maps.Service) error
 	DeleteService(k maps.ServiceKey) error
 	DeleteSlots(keys []maps.SlotKey) error
+	DeleteTable(keys []maps.SlotKey) error
 	DeleteRanges(keys []maps.SourceRangeKey) error
 	DeleteBackends(ids []uint32) error
 	WaitReaders() error
@@ -43,6 +47,7 @@ type Reconciler struct {
 	lastSet     uint32
 	lastBackend uint32
 	slots       int // written and not thrown away
+	blocks      int // of tables
 	backends    int
 
 	mu      sync.Mutex
@@ -58,6 +63,8 @@ type set struct {
 	current   []uint32          // backend ids of lastGen, in order
 	ranges    []netip.Prefix    // clients that lastGen is for
 	written   map[uint32]uint32 // generation -> slots written
+	tables    map[uint32]int    // generation -> blocks of its consistent table written
+	tabled    bool              // lastGen has a whole one
 	ranged    map[uint32][]maps.SourceRangeKey
 	backends  map[netip.AddrPort]uint32
 	unwritten map[uint32]bool   // ids given but not surely written
@@ -69,17 +76,18 @@ type set struct {
 
 type garbage struct {
 	slots    []maps.SlotKey
+	tables   []maps.SlotKey
 	ranges   []maps.SourceRangeKey
 	backends []uint32
 }
 
 func (g *garbage) empty() bool {
-	return len(g.slots) == 0 && len(g.backends) == 0 && len(g.ranges) == 0
+	return len(g.slots) == 0 && len(g.backends) == 0 && len(g.ranges) == 0 && len(g.tables) == 0
 }
 
 func newSet(id uint32) *set {
 	return &set{
-		id: id, written: map[uint32]uint32{}, ranged: map[uint32][]maps.SourceRangeKey{},
+		id: id, written: map[uint32]uint32{}, tables: map[uint32]int{}, ranged: map[uint32][]maps.SourceRangeKey{},
 		backends: map[netip.AddrPort]uint32{}, unwritten: map[uint32]bool{},
 	}
 }
@@ -113,6 +121,11 @@ func NewReconciler(store Store) (*Reconciler, error) {
 		s.written[key.Generation] = max(s.written[key.Generation], key.Slot+1)
 		s.lastGen = max(s.lastGen, key.Generation)
 	}
+	for key := range snap.Tables {
+		s := get(key.Service)
+		s.tables[key.Generation] = max(s.tables[key.Generation], int(key.Slot)+1)
+		s.lastGen = max(s.lastGen, key.Generation)
+	}
 	for key := range snap.Ranges {
 		s := get(key.Service)
 		s.ranged[key.Generation] = append(s.ranged[key.Generation], key)
@@ -140,6 +153,9 @@ func NewReconciler(store Store) (*Reconciler, error) {
 		for _, n := range s.written {
 			r.slots += int(n)
 		}
+		for _, n := range s.tables {
+			r.blocks += n
+		}
 	}
 	return r, nil
 }
@@ -159,6 +175,7 @@ func (s *set) recover(snap maps.Snapshot) {
 		}
 		s.current = append(s.current, id)
 	}
+	s.tabled = s.hasTable(snap)
 }
 
 // Apply makes one service's sets so. key is its namespace/name.
@@ -196,8 +213,10 @@ func (r *Reconciler) apply(want *Set) error {
 	if err := r.writeBackends(s, want, fresh); err != nil {
 		return err
 	}
-	if !s.settled || !slices.Equal(ids, s.current) || !slices.Equal(want.Ranges, s.ranges) {
-		if err := r.writeGeneration(s, ids, want.Ranges); err != nil {
+	var full error
+	if !s.settled || !slices.Equal(ids, s.current) || !slices.Equal(want.Ranges, s.ranges) || s.tabled != want.tabled() {
+		var err error
+		if full, err = r.writeGeneration(s, ids, want); err != nil {
 			return err
 		}
 	}
@@ -207,7 +226,7 @@ func (r *Reconciler) apply(want *Set) error {
 	}
 	s.settled = true
 	r.discard(s, want)
-	return nil
+	return full
 }
 
 // claim finds the set under its name, else the one its frontends led to before this process, else
@@ -288,10 +307,13 @@ func (r *Reconciler) writeBackends(s *set, want *Set, fresh []netip.AddrPort) er
 
 // writeGeneration writes slots under a number that was never used, as a failed write may have left
 // some of them, or even a frontend that already leads to them.
-func (r *Reconciler) writeGeneration(s *set, ids []uint32, ranges []netip.Prefix) error {
+//
+// full says that there was no room for its consistent table: it works without.
+func (r *Reconciler) writeGeneration(s *set, ids []uint32, want *Set) (full, err error) {
+	ranges := want.Ranges
 	s.settled = false
 	s.lastGen++
-	s.current, s.ranges = nil, nil
+	s.current, s.ranges, s.tabled = nil, nil, false
 	s.written[s.lastGen] = uint32(len(ids))
 	for _, p := range ranges {
 		s.ranged[s.lastGen] = append(s.ranged[s.lastGen], maps.SourceRangeOf(s.id, s.lastGen, p))
@@ -303,16 +325,26 @@ func (r *Reconciler) writeGeneration(s *set, ids []uint32, ranges []netip.Prefix
 	}
 	if len(ranges) > 0 {
 		if err := r.store.PutRanges(s.ranged[s.lastGen]); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	if len(ids) > 0 {
 		if err := r.store.PutSlots(keys, ids); err != nil {
-			return err
+			return nil, err
 		}
 	}
+	if want.tabled() {
+		err := r.writeTable(s, ids, want.Backends)
+		switch {
+		case errors.Is(err, unix.E2BIG):
+			full = err
+		case err != nil:
+			return nil, err
+		}
+		s.tabled = err == nil
+	}
 	s.current, s.ranges = ids, ranges
-	return nil
+	return full, nil
 }
 
 func (r *Reconciler) writeFrontends(s *set, want *Set) error {
@@ -329,6 +361,9 @@ func (r *Reconciler) writeFrontends(s *set, want *Set) error {
 		}
 		if f.Ranged {
 			v.Flags |= maps.ServiceRanges
+		}
+		if f.Maglev && s.tabled {
+			v.Flags |= maps.ServiceMaglev
 		}
 		r.owners[key] = want.Name
 		if r.frontends[key] == v {
@@ -379,6 +414,12 @@ func (r *Reconciler) discard(s *set, want *Set) {
 		}
 		delete(s.written, gen)
 	}
+	for gen, n := range s.tables {
+		if gen != s.lastGen {
+			g.tables = append(g.tables, s.blocks(gen, n)...)
+			delete(s.tables, gen)
+		}
+	}
 	for gen, keys := range s.ranged {
 		if gen != s.lastGen {
 			g.ranges = append(g.ranges, keys...)
@@ -424,6 +465,9 @@ func (s *set) all() garbage {
 			g.slots = append(g.slots, maps.SlotKey{Service: s.id, Generation: gen, Slot: i})
 		}
 	}
+	for gen, n := range s.tables {
+		g.tables = append(g.tables, s.blocks(gen, n)...)
+	}
 	for _, keys := range s.ranged {
 		g.ranges = append(g.ranges, keys...)
 	}
@@ -458,6 +502,7 @@ func (r *Reconciler) throw(g garbage) {
 		return
 	}
 	r.slots -= len(g.slots)
+	r.blocks -= len(g.tables)
 	r.backends -= len(g.backends)
 	r.again(g)
 }
@@ -465,6 +510,7 @@ func (r *Reconciler) throw(g garbage) {
 func (r *Reconciler) again(g garbage) {
 	r.mu.Lock()
 	r.garbage.slots = append(r.garbage.slots, g.slots...)
+	r.garbage.tables = append(r.garbage.tables, g.tables...)
 	r.garbage.ranges = append(r.garbage.ranges, g.ranges...)
 	r.garbage.backends = append(r.garbage.backends, g.backends...)
 	r.mu.Unlock()
@@ -492,6 +538,10 @@ func (r *Reconciler) Collect() error {
 	}
 	if err == nil {
 		g.slots = nil
+		err = r.store.DeleteTable(g.tables)
+	}
+	if err == nil {
+		g.tables = nil
 		err = r.store.DeleteRanges(g.ranges)
 	}
 	if err == nil {
@@ -506,6 +556,6 @@ func (r *Reconciler) Collect() error {
 }
 
 // Size counts what is in the maps, for the metric of their pressure.
-func (r *Reconciler) Size() (services, slots, backends int) {
-	return len(r.frontends), r.slots, r.backends
+func (r *Reconciler) Size() (services, slots, blocks, backends int) {
+	return len(r.frontends), r.slots, r.blocks, r.backends
 }

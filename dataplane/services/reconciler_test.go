@@ -10,6 +10,7 @@ import (
 	"slices"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	dpmaps "skep.io/skep/dataplane/maps"
@@ -20,10 +21,12 @@ import (
 type kernel struct {
 	services map[dpmaps.ServiceKey]dpmaps.Service
 	slots    map[dpmaps.SlotKey]uint32
+	tables   map[dpmaps.SlotKey]dpmaps.TableBlock
 	backends map[uint32]dpmaps.Backend
 	ranges   map[dpmaps.SourceRangeKey]uint32
 
 	fail    func() bool
+	full    bool   // no room for tables
 	broken  string // what a reader saw and should not have
 	readers []dpmaps.Service
 }
@@ -33,13 +36,17 @@ var errInjected = errors.New("injected")
 func newKernel() *kernel {
 	return &kernel{
 		services: map[dpmaps.ServiceKey]dpmaps.Service{}, slots: map[dpmaps.SlotKey]uint32{}, backends: map[uint32]dpmaps.Backend{},
-		ranges: map[dpmaps.SourceRangeKey]uint32{},
-		fail:   func() bool { return false },
+		ranges: map[dpmaps.SourceRangeKey]uint32{}, tables: map[dpmaps.SlotKey]dpmaps.TableBlock{},
+		fail: func() bool { return false },
 	}
 }
 
 func (k *kernel) ReadServices() (dpmaps.Snapshot, error) {
-	return dpmaps.Snapshot{Services: maps.Clone(k.services), Slots: maps.Clone(k.slots), Backends: maps.Clone(k.backends), Ranges: maps.Clone(k.ranges)}, nil
+	tables := map[dpmaps.SlotKey]bool{}
+	for key := range k.tables {
+		tables[key] = true
+	}
+	return dpmaps.Snapshot{Tables: tables, Services: maps.Clone(k.services), Slots: maps.Clone(k.slots), Backends: maps.Clone(k.backends), Ranges: maps.Clone(k.ranges)}, nil
 }
 
 // look follows every frontend, and every one that a program read before and may still be using.
@@ -53,6 +60,12 @@ func (k *kernel) look() {
 			}
 			if b, ok := k.backends[id]; !ok || b.Service != s.ID {
 				k.broken = fmt.Sprintf("set %d generation %d slot %d leads to backend %d: %+v", s.ID, s.Generation, i, id, b)
+				return
+			}
+		}
+		if s.Flags&dpmaps.ServiceMaglev != 0 {
+			if err := k.wholeTable(s); err != nil {
+				k.broken = fmt.Sprintf("set %d generation %d: %v", s.ID, s.Generation, err)
 				return
 			}
 		}
@@ -87,6 +100,41 @@ func (k *kernel) PutBackends(ids []uint32, values []dpmaps.Backend) error {
 func (k *kernel) PutSlots(keys []dpmaps.SlotKey, values []uint32) error {
 	for i := range keys {
 		if err := k.step(func() { k.slots[keys[i]] = values[i] }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wholeTable follows every entry of a consistent table.
+func (k *kernel) wholeTable(s dpmaps.Service) error {
+	for i := range dpmaps.TableSize(int(s.Count)) {
+		block, ok := k.tables[dpmaps.SlotKey{Service: s.ID, Generation: s.Generation, Slot: uint32(i / 64)}]
+		if !ok {
+			return fmt.Errorf("block %d of the table of %d backends is missing", i/64, s.Count)
+		}
+		if b, ok := k.backends[block[i%64]]; !ok || b.Service != s.ID {
+			return fmt.Errorf("entry %d leads to backend %d: %+v", i, block[i%64], b)
+		}
+	}
+	return nil
+}
+
+func (k *kernel) PutTable(keys []dpmaps.SlotKey, values []dpmaps.TableBlock) error {
+	for i := range keys {
+		if k.full {
+			return fmt.Errorf("table: %w", unix.E2BIG)
+		}
+		if err := k.step(func() { k.tables[keys[i]] = values[i] }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *kernel) DeleteTable(keys []dpmaps.SlotKey) error {
+	for _, key := range keys {
+		if err := k.step(func() { delete(k.tables, key) }); err != nil {
 			return err
 		}
 	}
@@ -174,12 +222,15 @@ func front(n int) Frontend {
 
 // check that the kernel holds what is wanted, no more and no less.
 func (k *kernel) check(t interface{ Fatalf(string, ...any) }, want map[string][]Set) {
-	fronts, slots, backends, ranges := 0, 0, 0, 0
+	fronts, slots, backends, ranges, blocks := 0, 0, 0, 0, 0
 	for _, sets := range want {
 		for _, s := range sets {
 			slots += len(s.Backends)
 			backends += len(s.Backends)
 			ranges += len(s.Ranges)
+			if s.tabled() {
+				blocks += tableBlocks(dpmaps.TableSize(len(s.Backends)))
+			}
 			for _, f := range s.Frontends {
 				fronts++
 				v, ok := k.services[f.Key()]
@@ -195,6 +246,9 @@ func (k *kernel) check(t interface{ Fatalf(string, ...any) }, want map[string][]
 				if !slices.Equal(got, s.Backends) {
 					t.Fatalf("frontend %v leads to %v, want %v", f, got, s.Backends)
 				}
+				if maglev := v.Flags&dpmaps.ServiceMaglev != 0; maglev != (f.Maglev && s.tabled()) {
+					t.Fatalf("frontend %v of %d backends has a table: %t", f, len(s.Backends), maglev)
+				}
 				if ranged := v.Flags&dpmaps.ServiceRanges != 0; ranged != f.Ranged || ranged && !slices.Equal(k.rangesOf(v), s.Ranges) {
 					t.Fatalf("frontend %v is for %v (%t), want %v", f, k.rangesOf(v), ranged, s.Ranges)
 				}
@@ -203,6 +257,9 @@ func (k *kernel) check(t interface{ Fatalf(string, ...any) }, want map[string][]
 	}
 	if len(k.ranges) != ranges {
 		t.Fatalf("the kernel has %d ranges, want %d: %v", len(k.ranges), ranges, k.ranges)
+	}
+	if len(k.tables) != blocks {
+		t.Fatalf("the kernel has %d blocks of tables, want %d", len(k.tables), blocks)
 	}
 	if len(k.services) != fronts || len(k.slots) != slots || len(k.backends) != backends {
 		t.Fatalf("the kernel has %d frontends, %d slots, %d backends; want %d, %d, %d: %+v", len(k.services), len(k.slots), len(k.backends), fronts, slots, backends, k.slots)
@@ -241,6 +298,7 @@ func TestReconcilerProperty(t *testing.T) {
 				slices.SortFunc(s.Ranges, netip.Prefix.Compare)
 				for f := range rapid.IntRange(1, 3).Draw(t, "frontends") {
 					to := front(base + f)
+					to.Maglev = rapid.IntRange(0, 3).Draw(t, "maglev") == 0
 					to.Ranged = len(s.Ranges) > 0 && rapid.Bool().Draw(t, "ranged")
 					s.Frontends = append(s.Frontends, to)
 				}
@@ -267,8 +325,8 @@ func TestReconcilerProperty(t *testing.T) {
 				t.Fatal(err)
 			}
 			k.check(t, want)
-			services, slots, backends := r.Size()
-			if services != len(k.services) || slots != len(k.slots) || backends != len(k.backends) {
+			services, slots, blocks, backends := r.Size()
+			if services != len(k.services) || slots != len(k.slots) || blocks != len(k.tables) || backends != len(k.backends) {
 				t.Fatalf("sizes %d %d %d are not %d %d %d", services, slots, backends, len(k.services), len(k.slots), len(k.backends))
 			}
 			k.fail = inject
@@ -309,6 +367,7 @@ func TestRestartKeepsIDs(t *testing.T) {
 	k := newKernel()
 	r, _ := NewReconciler(k)
 	web := []Set{{Name: "web", Proto: dpmaps.TCP, Frontends: []Frontend{front(1), front(2)}, Backends: addrs(1, 2, 3)}}
+	web[0].Frontends[1].Maglev = true
 	none := []Set{{Name: "none", Proto: dpmaps.TCP, Frontends: []Frontend{front(3)}}}
 	for key, sets := range map[string][]Set{"web": web, "none": none} {
 		if err := r.Apply(key, sets); err != nil {
@@ -329,6 +388,29 @@ func TestRestartKeepsIDs(t *testing.T) {
 	if writes != 0 {
 		t.Errorf("%d operations for nothing", writes)
 	}
+}
+
+// TestTableFull: without room for a consistent table a service works at random, says so, and gets one later.
+func TestTableFull(t *testing.T) {
+	k := newKernel()
+	r, _ := NewReconciler(k)
+	f := front(1)
+	f.Maglev = true
+	web := []Set{{Name: "web", Proto: dpmaps.TCP, Frontends: []Frontend{f}, Backends: addrs(1, 2, 3)}}
+	k.full = true
+	for range 2 {
+		if err := r.Apply("web", web); !errors.Is(err, unix.E2BIG) {
+			t.Errorf("no room: %v", err)
+		}
+		if v := k.services[f.Key()]; v.Count != 3 || v.Flags&dpmaps.ServiceMaglev != 0 || k.broken != "" {
+			t.Errorf("%+v, %s", v, k.broken)
+		}
+	}
+	k.full = false
+	if err := errors.Join(r.Apply("web", web), r.Collect()); err != nil {
+		t.Fatal(err)
+	}
+	k.check(t, map[string][]Set{"web": web})
 }
 
 // TestCostOfOneChange: writing one changed endpoint does not depend on the number of services.

@@ -99,6 +99,21 @@ func (t tree) addBusybox(src string) error {
 	return nil
 }
 
+// addNames makes links, PATH=TARGET each, and directories that everybody may write in.
+func (t tree) addNames(links, dirs []string) error {
+	for _, l := range links {
+		name, target, ok := strings.Cut(l, "=")
+		if !ok || name == "" || target == "" {
+			return fmt.Errorf("--link %s: PATH=TARGET is needed", l)
+		}
+		t[path.Clean("/"+name)] = entry{mode: 0o777, link: target}
+	}
+	for _, d := range dirs {
+		t[path.Clean("/"+d)] = entry{mode: os.ModeDir | os.ModeSticky | 0o777}
+	}
+	return nil
+}
+
 // layer packs the tree, parents first.
 func (t tree) layer() (v1.Layer, error) {
 	all := maps.Clone(t)

@@ -34,15 +34,17 @@ func (l *list) Set(s string) error { *l = append(*l, s); return nil }
 
 // options are the command line.
 type options struct {
-	tag, output, busybox, user, arch string
-	entrypoint, cmd, env, ports      list
-	files                            []string
+	output, busybox, user, arch string
+	tags                        list
+	entrypoint, cmd, env, ports list
+	links, dirs                 list
+	files                       []string
 }
 
 func parse(args []string) (options, error) {
 	var o options
 	f := flag.NewFlagSet("image", flag.ContinueOnError)
-	f.StringVar(&o.tag, "tag", "", "the image's name, such as skep.io/examples/hello:latest")
+	f.Var(&o.tags, "tag", "the image's name, such as skep.io/examples/hello:latest; repeat for more")
 	f.StringVar(&o.output, "output", "", "the archive to write")
 	f.StringVar(&o.busybox, "busybox", "", "a static busybox to add as /bin/busybox, with links for its programs")
 	f.StringVar(&o.user, "user", "", "USER[:GROUP] that runs it (default 65532:65532 with a binary, else root)")
@@ -50,13 +52,15 @@ func parse(args []string) (options, error) {
 	f.Var(&o.entrypoint, "entrypoint", "a word of the entrypoint; repeat for more (default: the binary)")
 	f.Var(&o.cmd, "cmd", "a word of the default arguments; repeat for more")
 	f.Var(&o.env, "env", "NAME=VALUE; repeat for more")
+	f.Var(&o.links, "link", "PATH=TARGET, a symbolic link; repeat for more")
+	f.Var(&o.dirs, "dir", "a directory for everybody to write in; repeat for more")
 	f.Var(&o.ports, "port", "a port to declare, such as 8080/tcp; repeat for more")
 	if err := f.Parse(args); err != nil {
 		return o, err
 	}
 	o.files = f.Args()
 	switch {
-	case o.tag == "" || o.output == "":
+	case len(o.tags) == 0 || o.output == "":
 		return o, errors.New("--tag and --output are required; see --help")
 	case len(o.files) == 0 && o.busybox == "":
 		return o, errors.New("nothing to put into the image: name a static binary, or --busybox")
@@ -98,6 +102,9 @@ func build(o options) (v1.Image, error) {
 			return nil, fmt.Errorf("%s: say where it goes in the image, as SRC:DST", arg)
 		}
 	}
+	if err := t.addNames(o.links, o.dirs); err != nil {
+		return nil, err
+	}
 	if len(config.Entrypoint) == 0 && len(config.Cmd) == 0 {
 		config.Cmd = []string{"sh"}
 	}
@@ -126,18 +133,29 @@ func build(o options) (v1.Image, error) {
 	return mutate.ConfigFile(img, cf)
 }
 
-// write replaces the archive only once the new one is complete.
+// write replaces the archive only once the new one is complete; two may write the same at once.
 func write(o options, img v1.Image) error {
-	tag, err := name.NewTag(o.tag, name.StrictValidation)
-	if err != nil {
-		return fmt.Errorf("--tag: %w", err)
+	images := map[name.Tag]v1.Image{}
+	for _, t := range o.tags {
+		tag, err := name.NewTag(t, name.StrictValidation)
+		if err != nil {
+			return fmt.Errorf("--tag: %w", err)
+		}
+		images[tag] = img
 	}
-	temporary := o.output + ".new"
-	if err := tarball.WriteToFile(temporary, tag, img); err != nil {
-		os.Remove(temporary)
+	f, err := os.CreateTemp(filepath.Dir(o.output), filepath.Base(o.output)+".*.new")
+	if err != nil {
+		return err
+	}
+	err = errors.Join(tarball.MultiWrite(images, f), f.Chmod(0o644), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), o.output)
+	}
+	if err != nil {
+		os.Remove(f.Name())
 		return fmt.Errorf("writing %s: %w", o.output, err)
 	}
-	return os.Rename(temporary, o.output)
+	return nil
 }
 
 func run(args []string) error {

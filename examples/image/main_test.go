@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
@@ -110,13 +112,31 @@ func TestSameInputMakesSameBytes(t *testing.T) {
 	}
 }
 
+// The tests of several packages build their images in one directory at the same time.
+func TestSeveralWriteTheSameArchive(t *testing.T) {
+	bin, out := program(t), filepath.Join(t.TempDir(), "hello.tar")
+	var all errgroup.Group
+	for range 8 {
+		all.Go(func() error { return run([]string{"--tag", "skep.io/examples/hello:latest", "--output", out, bin}) })
+	}
+	if err := all.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	if files, _ := contents(t, out); files["/web"] == nil {
+		t.Errorf("the archive lacks /web: %v", files)
+	}
+	if left, _ := filepath.Glob(filepath.Join(filepath.Dir(out), "*.new")); len(left) > 0 {
+		t.Errorf("left over: %v", left)
+	}
+}
+
 func TestBusyboxImage(t *testing.T) {
 	const busybox = "/bin/busybox"
 	if _, err := os.Stat(busybox); err != nil {
 		t.Fatalf("install Debian's busybox-static: %v", err)
 	}
 	out := filepath.Join(t.TempDir(), "busybox.tar")
-	if err := run([]string{"--tag", "skep.io/test/busybox:latest", "--output", out, "--busybox", busybox}); err != nil {
+	if err := run([]string{"--tag", "skep.io/test/busybox:latest", "--output", out, "--busybox", busybox, "--link", "bin/shell=sh", "--dir", "/var/cache/"}); err != nil {
 		t.Fatal(err)
 	}
 	files, config := contents(t, out)
@@ -124,6 +144,12 @@ func TestBusyboxImage(t *testing.T) {
 		if h := files[applet]; h == nil || h.Typeflag != tar.TypeSymlink || h.Linkname != "busybox" {
 			t.Errorf("%s: %+v", applet, h)
 		}
+	}
+	if h := files["/bin/shell"]; h == nil || h.Typeflag != tar.TypeSymlink || h.Linkname != "sh" {
+		t.Errorf("/bin/shell: %+v", h)
+	}
+	if h := files["/var/cache"]; h == nil || h.Typeflag != tar.TypeDir || h.Mode != 0o1777 {
+		t.Errorf("/var/cache: %+v", h)
 	}
 	if !strings.Contains(config, `"Cmd":["sh"]`) {
 		t.Errorf("config: %s", config)
@@ -148,6 +174,7 @@ func TestRefusals(t *testing.T) {
 		"dynamic":      {append(base, "/bin/ls"), "is dynamically linked"},
 		"missing":      {append(base, script+":/a", filepath.Join(dir, "none")+":/b"), "no such file"},
 		"no place":     {append(base, script+":/a", script), "say where it goes"},
+		"no target":    {append(base, "--link", "/a", script+":/b"), "PATH=TARGET is needed"},
 		"bad tag":      {[]string{"--tag", "UPPER", "--output", out, script + ":/a"}, "--tag:"},
 	} {
 		t.Run(name, func(t *testing.T) {

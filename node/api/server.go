@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"skep.io/skep/node/eviction"
 	"skep.io/skep/node/runtime"
 )
 
@@ -58,7 +60,7 @@ type Config struct {
 	ServingCert tls.Certificate
 	// Certificate, when set, is asked at each handshake, so that a rotated one needs no restart.
 	Certificate func() (*tls.Certificate, error)
-	ClientCA    *x509.CertPool
+	ClientCA    func() *x509.CertPool // asked at every handshake
 	// AllowedUsers may do everything, besides the group system:masters; nil: the API server's own identities.
 	AllowedUsers []string
 	// Authenticate resolves a bearer token (a TokenReview); nil: only certificates count.
@@ -69,14 +71,19 @@ type Config struct {
 	Network   http.Handler        // what /net/ shows of the data plane; nil: nothing
 	// LocalVolumes makes and removes the directories of local-path volumes, below /localVolumes/; nil: nothing
 	LocalVolumes http.Handler
-	Metrics      prometheus.Registerer // may be nil
-	Log          *slog.Logger
+	// DataDir is where pods' files and images are: the file system that /stats/summary shows. Empty: none.
+	DataDir string
+	// Disk measures what a pod has on disk; nil: nothing does. One request at a time measures.
+	Disk    func(ctx context.Context, pod *corev1.Pod) (eviction.PodDisk, error)
+	Metrics prometheus.Registerer // may be nil
+	Log     *slog.Logger
 }
 
 // Server serves the node's API.
 type Server struct {
 	cfg      Config
 	sessions chan struct{}
+	measures sync.Mutex // held while trees of files are walked
 	requests *prometheus.CounterVec
 }
 
@@ -98,8 +105,10 @@ func New(cfg Config) (*Server, error) {
 		Name: "skep_node_api_requests_total", Help: "Requests to the node's API, by handler and HTTP status.",
 	}, []string{"handler", "code"})}
 	if cfg.Metrics != nil {
-		if err := cfg.Metrics.Register(s.requests); err != nil {
-			return nil, fmt.Errorf("node API: metrics: %w", err)
+		for _, c := range []prometheus.Collector{s.requests, claimCollector{s}} {
+			if err := cfg.Metrics.Register(c); err != nil {
+				return nil, fmt.Errorf("node API: metrics: %w", err)
+			}
 		}
 	}
 	return s, nil
@@ -114,18 +123,22 @@ func (s *Server) Run(ctx context.Context, l net.Listener) error {
 		MaxHeaderBytes:    maxHeader,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ErrorLog:          slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
-		TLSConfig: &tls.Config{
-			MinVersion: tls.VersionTLS12,
-			ClientCAs:  s.cfg.ClientCA,
-			// Not required: /healthz needs none, and a token may come instead.
-			ClientAuth: tls.VerifyClientCertIfGiven,
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-				if s.cfg.Certificate != nil {
-					return s.cfg.Certificate()
-				}
-				return &s.cfg.ServingCert, nil
-			},
+	}
+	srv.TLSConfig = &tls.Config{
+		MinVersion: tls.VersionTLS12,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			if s.cfg.Certificate != nil {
+				return s.cfg.Certificate()
+			}
+			return &s.cfg.ServingCert, nil
 		},
+		// Not required: /healthz needs none, and a token may come instead.
+		ClientAuth: tls.VerifyClientCertIfGiven,
+	}
+	srv.TLSConfig.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		config := srv.TLSConfig.Clone()
+		config.ClientCAs = s.cfg.ClientCA()
+		return config, nil
 	}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()

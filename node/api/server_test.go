@@ -159,11 +159,12 @@ func (f *fakeNode) PortForward(_ context.Context, uid types.UID, port uint16, st
 }
 
 type testServer struct {
-	t    *testing.T
-	node *fakeNode
-	ca   *authority
-	url  string
-	log  string
+	server *Server
+	t      *testing.T
+	node   *fakeNode
+	ca     *authority
+	url    string
+	log    string
 }
 
 func newServer(t *testing.T, change func(*Config)) *testServer {
@@ -186,7 +187,7 @@ func newServer(t *testing.T, change func(*Config)) *testServer {
 	}
 	pool := x509.NewCertPool()
 	pool.AddCert(s.ca.cert)
-	cfg := Config{NodeName: "n1", Sessions: s.node, Containers: s.node, Pods: s.node, ServingCert: serving, ClientCA: pool, Log: slog.New(slog.DiscardHandler)}
+	cfg := Config{NodeName: "n1", Sessions: s.node, Containers: s.node, Pods: s.node, ServingCert: serving, ClientCA: func() *x509.CertPool { return pool }, Log: slog.New(slog.DiscardHandler)}
 	if change != nil {
 		change(&cfg)
 	}
@@ -207,6 +208,7 @@ func newServer(t *testing.T, change func(*Config)) *testServer {
 			t.Error(err)
 		}
 	})
+	s.server = server
 	s.url = "https://" + l.Addr().String()
 	return s
 }

@@ -4,7 +4,9 @@ package api
 
 import (
 	"bufio"
+	"cmp"
 	"context"
+	"fmt"
 	"net/http"
 	"os"
 	"path"
@@ -22,7 +24,8 @@ import (
 	"skep.io/skep/node/sandbox/cgroup"
 )
 
-// summary answers with what the node and its pods use now, from cgroups.
+// summary answers with what the node and its pods use now. With only_cpu_and_memory that is read from cgroups alone; else
+// trees of files are walked, too.
 func (s *Server) summary(w http.ResponseWriter, r *http.Request) {
 	now := metav1.Now()
 	out := stats.Summary{Node: stats.NodeStats{NodeName: s.cfg.NodeName, StartTime: metav1.NewTime(bootTime())}, Pods: []stats.PodStats{}}
@@ -32,13 +35,24 @@ func (s *Server) summary(w http.ResponseWriter, r *http.Request) {
 	if m := nodeMemory(now); m != nil {
 		out.Node.Memory = m
 	}
+	all := r.URL.Query().Get("only_cpu_and_memory") != "true"
+	var disk *stats.FsStats
+	if all {
+		s.measures.Lock()
+		defer s.measures.Unlock()
+		out.Node.Network, out.Node.Rlimit = networkStats("/proc/thread-self/net/dev", defaultLink(), now), limitStats(now)
+		if disk = fileSystem(s.cfg.DataDir, now); disk != nil {
+			out.Node.Fs, out.Node.Runtime = disk, &stats.RuntimeStats{ImageFs: disk, ContainerFs: disk} // one file system has them all
+		}
+	}
 	for _, p := range s.cfg.Pods.Pods() {
 		ps := stats.PodStats{PodRef: stats.PodReference{Name: p.Name, Namespace: p.Namespace, UID: string(p.UID)}, Containers: []stats.ContainerStats{}}
 		if p.Status.StartTime != nil {
 			ps.StartTime = *p.Status.StartTime
 		}
-		parent := ""
+		parent, first := "", uint32(0)
 		for _, c := range s.runningContainers(r.Context(), p) {
+			first = cmp.Or(first, c.PID)
 			used, err := cgroup.Read(c.Cgroup)
 			if err != nil {
 				continue
@@ -53,6 +67,13 @@ func (s *Server) summary(w http.ResponseWriter, r *http.Request) {
 				ps.CPU, ps.Memory = cpuStats(used, now), memoryStats(used, now)
 				ps.ProcessStats = &stats.ProcessStats{ProcessCount: &used.Pids}
 			}
+		}
+		if all && first != 0 && !p.Spec.HostNetwork {
+			ps.Network = networkStats(fmt.Sprintf("/proc/%d/net/dev", first), podLink, now)
+		}
+		if all {
+			s.addDisk(r.Context(), p, &ps, disk, now)
+			ps.VolumeStats = append(ps.VolumeStats, s.claimStats(p, now)...)
 		}
 		out.Pods = append(out.Pods, ps)
 	}

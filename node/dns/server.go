@@ -102,6 +102,9 @@ func Run(ctx context.Context, cfg Config) error {
 		ctx:      ctx,
 	}
 	w, err := newWatcher(h.zone.table, cfg.Informers, h.ready)
+	if process.Err() != nil {
+		return nil // and the informers may have ended before
+	}
 	if err != nil {
 		return fmt.Errorf("dns: watching services: %w", err)
 	}

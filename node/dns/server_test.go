@@ -5,6 +5,7 @@ package dns
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -16,10 +17,13 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes/fake"
 )
 
 func testObjects() []runtime.Object {
@@ -479,6 +483,26 @@ func TestGoResolver(t *testing.T) {
 	}
 	if _, err := r.LookupHost(ctx, "missing.default.svc.cluster.local."); !notFound(err) {
 		t.Errorf("missing: %v", err)
+	}
+}
+
+// A process that is told to end while it starts has done nothing wrong.
+func TestEndsBeforeItBegins(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	factory := informers.NewSharedInformerFactory(fake.NewClientset(), 0)
+	services := factory.Core().V1().Services().Informer()
+	factory.StartWithContext(ctx)
+	cancel()
+	factory.Shutdown()
+	if !services.IsStopped() {
+		t.Fatal("the informer has not ended")
+	}
+	err := Run(ctx, Config{
+		Addrs: []netip.Addr{netip.MustParseAddr("127.0.0.1")}, Port: -1, Domain: "cluster.local", Informers: factory, NodeName: "n",
+		Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), ResolvConfPath: t.TempDir() + "/resolv.conf",
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }
 

@@ -6,6 +6,8 @@ package hostcheck
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,6 +18,9 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
+
+	"skep.io/skep/api"
+	"skep.io/skep/dataplane/loader"
 )
 
 // Outcome of one check.
@@ -47,6 +52,7 @@ type Host struct {
 	LookPath   func(name string) (string, error)
 	ProbeBPF   func(f BPFFeature) error // nil, ebpf.ErrNotSupported, or a failure to find out
 	KernelName func() (string, error)
+	XDP        func() (string, error) // which devices have the program for the driver now, and how; empty: none
 }
 
 // BPFFeature is one thing that the data plane asks of the kernel.
@@ -73,6 +79,7 @@ func This() Host {
 			}
 			return unix.ByteSliceToString(u.Release[:]), nil
 		},
+		XDP: xdpDevices,
 	}
 }
 
@@ -137,6 +144,34 @@ func bpfFeatures() []BPFFeature {
 	}
 }
 
+func (h Host) xdp() string {
+	used, err := h.XDP()
+	switch {
+	case err != nil:
+		return "whether it is used is not known: " + err.Error()
+	case used == "":
+		return "not used: NodePorts are served at the traffic control hook"
+	}
+	return "used on " + used
+}
+
+// xdpDevices reads what a data plane has pinned.
+func xdpDevices() (string, error) {
+	modes, err := loader.XDPDevices(api.BPFDir)
+	if err != nil {
+		return "", err
+	}
+	var out []string
+	for _, index := range slices.Sorted(maps.Keys(modes)) {
+		device, err := net.InterfaceByIndex(index)
+		if err != nil {
+			continue // it has gone, and its pin goes when the agent sees that
+		}
+		out = append(out, fmt.Sprintf("%s (%s)", device.Name, modes[index]))
+	}
+	return strings.Join(out, ", "), nil
+}
+
 func probeBPF(f BPFFeature) error {
 	switch {
 	case f.Helper != 0:
@@ -151,6 +186,8 @@ func probeBPF(f BPFFeature) error {
 func (h Host) bpf(f BPFFeature) Result {
 	err := h.ProbeBPF(f)
 	switch {
+	case err == nil && f.Program == ebpf.XDP:
+		return Result{Name: f.Name, Detail: "available; " + h.xdp()}
 	case err == nil:
 		return Result{Name: f.Name, Detail: "available"}
 	case f.Required:

@@ -45,6 +45,7 @@ func fakeHost(t *testing.T, files map[string]string) Host {
 		LookPath:   func(name string) (string, error) { return "/usr/sbin/" + name, nil },
 		ProbeBPF:   func(BPFFeature) error { return nil },
 		KernelName: func() (string, error) { return "6.1.0-13-amd64", nil },
+		XDP:        func() (string, error) { return "", nil },
 	}
 }
 
@@ -89,6 +90,8 @@ func TestWhatIsLacking(t *testing.T) {
 				return nil
 			}
 		}, "eBPF at the driver (XDP)", Reduced, "traffic control"},
+		{"XDP that nobody uses", nil, nil, "eBPF at the driver (XDP)", OK, "not used"},
+		{"XDP", nil, func(h *Host) { h.XDP = func() (string, error) { return "eth0 (native)", nil } }, "eBPF at the driver (XDP)", OK, "used on eth0 (native)"},
 		{"no BPF", nil, func(h *Host) { h.ProbeBPF = func(BPFFeature) error { return errors.New("operation not permitted") } },
 			"eBPF socket hooks", Missing, "operation not permitted"},
 	} {

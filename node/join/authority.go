@@ -20,6 +20,9 @@ const serverName = "kubernetes"
 // ErrAuthority is in the error for a server whose CA is not the expected one.
 var ErrAuthority = errors.New("this server belongs to another cluster, or is not what it says")
 
+// ErrClock is in the error for a certificate that is right but for the time.
+var ErrClock = errors.New("set the clock, then try again")
+
 // pinnedAuthority looks at the certificates that the server at a URL shows and returns the CA that pin
 // names, once the server has proven to hold a certificate of it. Only TLS's first messages are sent.
 func pinnedAuthority(ctx context.Context, server *url.URL, pin [32]byte) (*x509.Certificate, error) {
@@ -53,19 +56,17 @@ func verifyPinned(chain []*x509.Certificate, pin [32]byte, now time.Time) (*x509
 		if !ca.IsCA || Pin(ca) != pin {
 			continue
 		}
-		return ca, verifyServer(chain[0], ca, now)
+		return ca, verifyServer(chain[0], authorities{ca}.pool(), now)
 	}
 	return nil, fmt.Errorf("%w: its certificate authority is not the one that the token names (a server of skep shows its CA, a proxy in between may not); nothing secret was sent", ErrAuthority)
 }
 
-func verifyServer(leaf, ca *x509.Certificate, now time.Time) error {
-	pool := x509.NewCertPool()
-	pool.AddCert(ca)
-	_, err := leaf.Verify(x509.VerifyOptions{Roots: pool, DNSName: serverName, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+func verifyServer(leaf *x509.Certificate, by *x509.CertPool, now time.Time) error {
+	_, err := leaf.Verify(x509.VerifyOptions{Roots: by, DNSName: serverName, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 	var invalid x509.CertificateInvalidError
 	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-		return fmt.Errorf("the server's certificate is valid from %s to %s, and this machine's clock says %s: set the clock, then try again",
-			leaf.NotBefore.Format(time.RFC3339), leaf.NotAfter.Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+		return fmt.Errorf("the server's certificate is valid from %s to %s, and this machine's clock says %s: %w",
+			leaf.NotBefore.Format(time.RFC3339), leaf.NotAfter.Format(time.RFC3339), now.UTC().Format(time.RFC3339), ErrClock)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrAuthority, err)

@@ -12,8 +12,11 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
+	"log"
 	"log/slog"
 	"math/big"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"os"
@@ -24,11 +27,18 @@ import (
 	"testing"
 	"time"
 
+	authenticationv1 "k8s.io/api/authentication/v1"
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/version"
+	discoveryfake "k8s.io/client-go/discovery/fake"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
+
+	"skep.io/skep/api"
 )
 
 func TestTokenRoundTrip(t *testing.T) {
@@ -158,7 +168,7 @@ func TestWrongClock(t *testing.T) {
 	a := newAuthority(t)
 	leaf := a.server(serverName).Leaf
 	for _, at := range []time.Time{time.Now().Add(-30 * time.Minute), time.Now().AddDate(2, 0, 0)} {
-		if _, err := verifyPinned([]*x509.Certificate{leaf, a.ca}, Pin(a.ca), at); err == nil || !strings.Contains(err.Error(), "set the clock") || errors.Is(err, ErrAuthority) {
+		if _, err := verifyPinned([]*x509.Certificate{leaf, a.ca}, Pin(a.ca), at); err == nil || !strings.Contains(err.Error(), "set the clock") || errors.Is(err, ErrAuthority) || !isAnswer(err) {
 			t.Errorf("%s: %v", at, err)
 		}
 	}
@@ -209,10 +219,36 @@ func (a authority) approver(refuse string, life *atomic.Int64) kubernetes.Interf
 func (a authority) identity(client kubernetes.Interface) *Identity {
 	a.Helper()
 	dir := a.TempDir()
-	return &Identity{ca: a.ca, client: client, cfg: Config{
+	i := newIdentity(Config{
 		Server: &url.URL{Scheme: "https", Host: "x"}, NodeName: "n", NodeIPs: []netip.Addr{netip.MustParseAddr("192.0.2.7")},
 		Dir: dir, Log: slog.New(slog.DiscardHandler),
-	}}
+	})
+	i.trustThese(authorities{a.ca})
+	i.api = client
+	return i
+}
+
+// A machine that does not fit the server does not join it, nor one with a token for servers; both are told at once.
+func TestDoesNotJoin(t *testing.T) {
+	client := fake.NewClientset()
+	client.Discovery().(*discoveryfake.FakeDiscovery).FakedServerVersion = &version.Info{GitVersion: "v1.30.0"}
+	i := newAuthority(t).identity(nil)
+	i.cfg.Fits = func(server string) error { return errors.New("too old: " + server) }
+	if err := i.fits(client); !errors.Is(err, ErrRefused) || !isAnswer(err) || !strings.Contains(err.Error(), "too old: v1.30.0") {
+		t.Error(err)
+	}
+	i.cfg.Fits = func(string) error { return nil }
+	if err := i.fits(client); err != nil {
+		t.Error(err)
+	}
+	for group, want := range map[string]bool{api.ServerBootstrapGroup: true, api.BootstrapGroup: false} {
+		client.PrependReactor("create", "selfsubjectreviews", func(clienttesting.Action) (bool, runtime.Object, error) {
+			return true, &authenticationv1.SelfSubjectReview{Status: authenticationv1.SelfSubjectReviewStatus{UserInfo: authenticationv1.UserInfo{Groups: []string{"x", group}}}}, nil
+		})
+		if got := isForServers(t.Context(), client); got != want {
+			t.Errorf("a token of %s is for servers: %v", group, got)
+		}
+	}
 }
 
 // Certificates come, are renewed when two thirds of their life are over and not before, and what is served
@@ -270,12 +306,12 @@ func TestRefusal(t *testing.T) {
 	a := newAuthority(t)
 	i := a.identity(a.approver("because", nil))
 	for range 2 {
-		err := obtain(t.Context(), i.client, i.cfg.Dir, clientKind, "n", nil)
+		err := obtain(t.Context(), i.api, i.cfg.Dir, clientKind, "n", nil)
 		if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "because") {
 			t.Fatal(err)
 		}
 	}
-	list, err := i.client.CertificatesV1().CertificateSigningRequests().List(t.Context(), metav1.ListOptions{})
+	list, err := i.api.CertificatesV1().CertificateSigningRequests().List(t.Context(), metav1.ListOptions{})
 	if err != nil || len(list.Items) != 2 {
 		t.Errorf("%d requests, %v", len(list.Items), err)
 	}
@@ -300,6 +336,114 @@ func TestSameRequestAfterACrash(t *testing.T) {
 	}
 }
 
+// A machine goes over to another authority while it runs: it trusts what the cluster says, has both certificates made
+// anew once another one signs, and tells how far it is.
+func TestAnotherAuthority(t *testing.T) {
+	before, after := newAuthority(t), newAuthority(t)
+	var life atomic.Int64
+	life.Store(int64(time.Hour))
+	i := before.identity(before.approver("", &life))
+	if _, err := i.renew(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	is := func(stage, wantTrusted, wantSigner string) {
+		t.Helper()
+		if trusted, signer := i.Authorities(); trusted != wantTrusted || signer != wantSigner {
+			t.Errorf("%s: trusts %s, signed by %s; want %s and %s", stage, trusted, signer, wantTrusted, wantSigner)
+		}
+	}
+	learn := func(all ...authority) {
+		t.Helper()
+		var list authorities
+		for _, a := range all {
+			list = append(list, a.ca)
+		}
+		if err := i.LearnAuthorities(string(list.pem())); err != nil {
+			t.Fatal(err)
+		}
+		if kept, err := os.ReadFile(filepath.Join(i.cfg.Dir, "ca.crt")); err != nil || string(kept) != string(list.pem()) {
+			t.Errorf("kept %q, %v", kept, err)
+		}
+		select {
+		case <-i.wake:
+		default:
+			t.Error("nobody is woken")
+		}
+	}
+	old, young := ShortPin(before.ca), ShortPin(after.ca)
+	is("at first", old, old)
+	learn(before, after)
+	if _, err := i.renew(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	is("prepared", old+","+young, old)
+	i.api = after.approver("", &life)
+	learn(after, before)
+	if _, err := i.renew(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	is("switched", young+","+old, young)
+	serving, err := i.Serving()
+	if err != nil || serving.Leaf.CheckSignatureFrom(after.ca) != nil {
+		t.Errorf("the serving certificate is the old one, %v", err)
+	}
+	learn(after)
+	is("finished", young, young)
+	// A token of before does not disturb the machine, one of another cluster does.
+	for _, c := range []struct {
+		named *x509.Certificate
+		fits  bool
+	}{{before.ca, true}, {after.ca, true}, {newAuthority(t).ca, false}} {
+		again := newIdentity(i.cfg)
+		again.cfg.Token = Token{Authority: Pin(c.named), ID: "abc123", Secret: "0123456789abcdef"}.String()
+		if err := again.trust(t.Context()); (err == nil) != c.fits || err != nil && !errors.Is(err, ErrAuthority) {
+			t.Errorf("token of %s: %v", ShortPin(c.named), err)
+		}
+	}
+	for _, bad := range []string{"", "x", string(authorities{serving.Leaf}.pem())} {
+		if err := i.LearnAuthorities(bad); err == nil {
+			t.Errorf("%.20q is a list of authorities", bad)
+		}
+	}
+	is("after nonsense", young, young)
+}
+
+// Connections are made with what is trusted at that moment.
+func TestTransportTrusts(t *testing.T) {
+	ours, theirs := newAuthority(t), newAuthority(t)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{ours.server(serverName)}}
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	defer server.Close()
+	i := theirs.identity(nil)
+	i.servers.first = server.Listener.Addr().String()
+	i.servers.last = i.servers.first
+	client := &http.Client{Transport: i.reaches}
+	ask := func() error {
+		response, err := client.Get("https://x/")
+		if err != nil {
+			return err
+		}
+		return response.Body.Close()
+	}
+	if err := ask(); !errors.Is(err, ErrAuthority) {
+		t.Errorf("a server of another authority: %v", err)
+	}
+	i.trustThese(authorities{theirs.ca, ours.ca})
+	if err := ask(); err != nil {
+		t.Error(err)
+	}
+	if err := i.LearnAuthorities(string(authorities{theirs.ca}.pem())); err != nil {
+		t.Fatal(err)
+	}
+	if err := ask(); !errors.Is(err, ErrAuthority) {
+		t.Errorf("the connection to a server that is not trusted any more is used: %v", err)
+	}
+	server.Close()
+	i.connections.CloseAll()
+}
+
 // A certificate that is not for this node, its addresses or its cluster is as good as none.
 func TestCertificatesThatDoNotDo(t *testing.T) {
 	a := newAuthority(t)
@@ -312,9 +456,10 @@ func TestCertificatesThatDoNotDo(t *testing.T) {
 	for what, change := range map[string]func(*Identity){
 		"another name":    func(i *Identity) { i.cfg.NodeName = "m" },
 		"another address": func(i *Identity) { i.cfg.NodeIPs = append(i.cfg.NodeIPs, netip.MustParseAddr("2001:db8::1")) },
-		"another cluster": func(i *Identity) { i.ca = newAuthority(t).ca },
+		"another cluster": func(i *Identity) { i.trustThese(authorities{newAuthority(t).ca}) },
 	} {
-		changed := &Identity{ca: i.ca, cfg: i.cfg}
+		changed := newIdentity(i.cfg)
+		changed.trustThese(i.trusted())
 		change(changed)
 		if have, err := changed.load(servingKind); have != nil || err != nil {
 			t.Errorf("%s: the old certificate is used, %v", what, err)

@@ -66,9 +66,9 @@ func (k kind) template(node string, addrs []netip.Addr) *x509.CertificateRequest
 }
 
 // lacks says why have does not do for what is wanted, or "".
-func lacks(have *x509.Certificate, want *x509.CertificateRequest, ca *x509.Certificate) string {
+func lacks(have *x509.Certificate, want *x509.CertificateRequest, by authorities) string {
 	switch {
-	case have.CheckSignatureFrom(ca) != nil:
+	case !by.signed(have):
 		return "another authority signed it"
 	case have.Subject.CommonName != want.Subject.CommonName:
 		return "it names another node"

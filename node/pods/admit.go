@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -14,6 +15,7 @@ import (
 	"k8s.io/component-helpers/resource"
 	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+	v1helper "k8s.io/kubernetes/pkg/apis/core/v1/helper"
 )
 
 // refusal is why a node does not take a pod that is bound to it. The pod has failed then, and whoever owns it makes
@@ -27,6 +29,8 @@ type refusal struct {
 type Terms struct {
 	// UnsafeSysctls may be set by pods although they can hurt other pods; a name may end in an asterisk.
 	UnsafeSysctls []string
+	// PodPids is how many processes and threads one pod may have; 0: the kernel's limits alone.
+	PodPids int64
 }
 
 // safeSysctls live in a namespace of the pod and cannot hurt other pods (kubelet: sysctl/safe_sysctls.go; all of them
@@ -61,7 +65,21 @@ func admit(pod *corev1.Pod, node *corev1.Node, others []*corev1.Pod, allocatable
 	if takesPorts(pod, others) {
 		return &refusal{"NodePorts", "Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports"}
 	}
+	if node != nil {
+		allocatable = withExtended(allocatable, node.Status.Allocatable)
+	}
 	return admitResources(pod, others, allocatable)
+}
+
+// withExtended adds to what the host has the resources that others say the node has.
+func withExtended(host, node corev1.ResourceList) corev1.ResourceList {
+	all := maps.Clone(host)
+	for name, q := range node {
+		if v1helper.IsExtendedResourceName(name) {
+			all[name] = q
+		}
+	}
+	return all
 }
 
 // matches reports whether the node is one that the pod's selector and required affinity allow.
@@ -160,7 +178,7 @@ func admitResources(pod *corev1.Pod, others []*corev1.Pod, allocatable corev1.Re
 	if most, ok := allocatable[corev1.ResourcePods]; ok && int64(len(others))+1 > most.Value() {
 		return &refusal{"OutOfpods", fmt.Sprintf("Node didn't have enough resource: pods, requested: 1, used: %d, capacity: %d", len(others), most.Value())}
 	}
-	wanted := resource.PodRequests(pod, resource.PodResourcesOptions{UseStatusResources: true})
+	wanted := resource.PodRequests(pod, resource.PodResourcesOptions{})
 	names := make([]string, 0, len(wanted))
 	for name := range wanted {
 		names = append(names, string(name))
@@ -176,8 +194,11 @@ func admitResources(pod *corev1.Pod, others []*corev1.Pod, allocatable corev1.Re
 	}
 	for _, n := range names {
 		name := corev1.ResourceName(n)
-		want, have, total := wanted[name], used[name], allocatable[name]
-		if want.IsZero() {
+		want, have := wanted[name], used[name]
+		total, known := allocatable[name]
+		// Like kubelet, what the node has never heard of is for whoever bound the pod to answer for: an extended
+		// resource may be one that a scheduler's extender alone counts.
+		if want.IsZero() || !known && v1helper.IsExtendedResourceName(name) {
 			continue
 		}
 		sum := want.DeepCopy()

@@ -40,6 +40,7 @@ func called(uid string) podOpt { return func(p *corev1.Pod) { p.UID = types.UID(
 
 func TestAdmit(t *testing.T) {
 	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n", Labels: map[string]string{"zone": "a"}}}
+	node.Status.Allocatable = corev1.ResourceList{"example.com/fpga": resource.MustParse("2"), corev1.ResourceCPU: resource.MustParse("100")}
 	allocatable := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("2"), corev1.ResourceMemory: resource.MustParse("1Gi"), corev1.ResourcePods: resource.MustParse("3")}
 	terms := Terms{UnsafeSysctls: []string{"kernel.msg*", "net.core.somaxconn"}}
 	web := pod(called("web"), main("c", asks("cpu", "1500m"), port(80, corev1.ProtocolTCP, "")))
@@ -82,8 +83,12 @@ func TestAdmit(t *testing.T) {
 		{name: "just enough", pod: pod(main("c", asks("cpu", "500m"))), others: []*corev1.Pod{web}},
 		{name: "too little", pod: pod(main("c", asks("cpu", "501m"))), others: []*corev1.Pod{web}, reason: "OutOfcpu", message: "Node didn't have enough resource: cpu, requested: 501, used: 1500, capacity: 2000"},
 		{name: "memory", pod: pod(main("c", asks("memory", "2Gi"))), reason: "OutOfmemory"},
-		{name: "what the node does not have", pod: pod(main("c", asks("example.com/gpu", "1"))), reason: "OutOfexample.com/gpu"},
-		{name: "nothing of what the node does not have", pod: pod(main("c", asks("example.com/gpu", "0")))},
+		{name: "huge pages that the host does not have", pod: pod(main("c", asks("hugepages-2Mi", "2Mi"))), reason: "OutOfhugepages-2Mi"},
+		{name: "none of them", pod: pod(main("c", asks("hugepages-2Mi", "0")))},
+		{name: "what somebody says the node has", pod: pod(main("c", asks("example.com/fpga", "2")))},
+		{name: "more than that", pod: pod(main("c", asks("example.com/fpga", "2"))), others: []*corev1.Pod{pod(called("1"), main("c", asks("example.com/fpga", "1")))},
+			reason: "OutOfexample.com/fpga", message: "Node didn't have enough resource: example.com/fpga, requested: 2, used: 1, capacity: 2"},
+		{name: "what nobody says it has", pod: pod(main("c", asks("example.com/gpu", "1")))},
 		{name: "one pod too many", pod: pod(), others: []*corev1.Pod{pod(called("1")), pod(called("2")), pod(called("3"))}, reason: "OutOfpods"},
 		{name: "those that ended do not count", pod: pod(), others: []*corev1.Pod{pod(called("1")), pod(called("2")), pod(called("3"), phase(corev1.PodFailed))}},
 	}

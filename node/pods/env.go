@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
@@ -24,6 +25,7 @@ var errConfig = errors.New("CreateContainerConfigError")
 type lookup struct {
 	configMap   func(ctx context.Context, namespace, name string) (*corev1.ConfigMap, error)
 	secret      func(ctx context.Context, namespace, name string) (*corev1.Secret, error)
+	envFile     func(volume, path, key string) (string, error)
 	services    func(namespace string) ([]*corev1.Service, error)
 	allocatable corev1.ResourceList
 	podIPs      []string
@@ -190,6 +192,20 @@ func valueFrom(ctx context.Context, pod *corev1.Pod, c *corev1.Container, from *
 			return "", false, fmt.Errorf("%w: couldn't find key %v in Secret %v/%v", errConfig, r.Key, pod.Namespace, r.Name)
 		}
 		return string(value), ok, nil
+	case from.FileKeyRef != nil:
+		r := from.FileKeyRef
+		optional := r.Optional != nil && *r.Optional
+		value, err := l.envFile(r.VolumeName, r.Path, r.Key)
+		if optional && errors.Is(err, fs.ErrNotExist) {
+			return "", false, nil
+		}
+		if err != nil {
+			return "", false, fmt.Errorf("%w: %w", errConfig, err)
+		}
+		if value == "" && !optional {
+			return "", false, fmt.Errorf("%w: environment variable key %q not found in file %q", errConfig, r.Key, r.Path)
+		}
+		return value, value != "", nil
 	default:
 		return "", false, fmt.Errorf("%w: a source of variables that this node does not support (pod %s/%s, container %s)", errConfig, pod.Namespace, pod.Name, c.Name)
 	}

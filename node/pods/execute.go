@@ -15,6 +15,7 @@ import (
 
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/steps"
 )
 
 // How long to leave alone what failed.
@@ -30,14 +31,14 @@ const (
 // prepare takes what an action needs from the worker and returns the action: it runs anywhere, and the function that it
 // returns runs in the worker's goroutine again.
 func (w *worker) prepare(a Action) func(ctx context.Context) func() {
-	pod := w.pod
+	pod := w.granted()
 	switch a.Kind {
 	case CreateSandbox:
 		return func(ctx context.Context) func() { return w.createSandbox(ctx, pod) }
 	case RemoveSandbox:
 		return func(ctx context.Context) func() {
 			err := w.set.cfg.Sandboxes.Remove(ctx, pod.UID)
-			return w.outcome(a, err, func() { w.box, w.boxFailure = nil, nil })
+			return w.outcome(a, err, func() { w.box, w.boxFailure, w.limits = nil, nil, nil })
 		}
 	case MountVolumes:
 		// What changes from here on makes them stale again.
@@ -51,6 +52,7 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 	case RemoveFiles:
 		return func(ctx context.Context) func() {
 			err := w.set.cfg.Volumes.Unmount(ctx, pod.UID)
+			steps.Passed(ctx, "files: volumes gone")
 			if err == nil {
 				err = w.set.files.remove(pod)
 			}
@@ -74,6 +76,7 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 				if f == nil {
 					delete(w.starts, a.Container)
 					w.retries.forget(a.key())
+					w.retries.forget(string(CreateSandbox)) // it is whole
 					return
 				}
 				if f.RetryAt.IsZero() {
@@ -91,7 +94,15 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 			}
 			return w.outcome(a, err, func() { w.listed = false })
 		}
+	case Resize:
+		return w.resize(a, pod)
 	case StopContainer:
+		if a.Resize {
+			w.resized[a.ID] = true
+		}
+		if a.Again {
+			w.again[a.ID] = true
+		}
 		told := w.stopping[a.ID]
 		w.stopping[a.ID] = true
 		ip := ""
@@ -115,7 +126,7 @@ func (w *worker) prepare(a Action) func(ctx context.Context) func() {
 			})
 		}
 	case DeletePod:
-		w.out.Store(true)
+		w.leave(w.pod.UID)
 		return func(ctx context.Context) func() {
 			now := int64(0)
 			err := w.set.cfg.Client.CoreV1().Pods(pod.Namespace).Delete(ctx, pod.Name, metav1.DeleteOptions{
@@ -160,28 +171,40 @@ func (w *worker) createSandbox(ctx context.Context, pod *corev1.Pod) func() {
 	if err == nil {
 		box, err = s.cfg.Sandboxes.Create(ctx, s.sandboxSpec(pod))
 	}
+	steps.Passed(ctx, "sandbox: handed out")
 	if err == nil {
 		err = s.writeEtc(pod, box)
 	}
 	return func() {
-		w.box = box
+		if box != nil && w.box == nil {
+			limits := podLimits(pod, w.set.cfg.Terms.PodPids)
+			w.limits = &limits
+		}
 		if box != nil {
-			w.volumes.Files = true
+			w.box, w.bare, w.volumes.Files = box, err != nil, true
 		}
 		if err == nil {
 			w.boxFailure = nil
-			w.retries.forget(string(CreateSandbox))
 			return
 		}
 		if ctx.Err() != nil && box == nil {
 			return
 		}
-		w.box = nil
-		at := w.retries.failed(string(CreateSandbox), firstRetry, retryLimit)
-		w.set.stats.failed.WithLabelValues(string(CreateSandbox)).Inc()
-		w.boxFailure = &Failure{Reason: "FailedCreatePodSandBox", Message: err.Error(), RetryAt: at}
-		s.event(pod, "", corev1.EventTypeWarning, "FailedCreatePodSandBox", "Failed to create pod sandbox: %v", err)
+		have := w.box
+		w.boxFailed(pod, err)
+		if w.bare {
+			w.box = have // only its files are missing; it must not be forgotten
+		}
 	}
+}
+
+// boxFailed has the sandbox made anew in a while.
+func (w *worker) boxFailed(pod *corev1.Pod, err error) {
+	w.box = nil
+	at := w.retries.failed(string(CreateSandbox), firstRetry, retryLimit)
+	w.set.stats.failed.WithLabelValues(string(CreateSandbox)).Inc()
+	w.boxFailure = &Failure{Reason: "FailedCreatePodSandBox", Message: err.Error(), RetryAt: at}
+	w.set.event(pod, "", corev1.EventTypeWarning, "FailedCreatePodSandBox", "Failed to create pod sandbox: %v", err)
 }
 
 func (w *worker) mountVolumes(ctx context.Context, pod *corev1.Pod) func() {
@@ -214,63 +237,6 @@ func each(err error) []error {
 	return []error{err}
 }
 
-func (w *worker) ensureImage(a Action, pod *corev1.Pod) func(ctx context.Context) func() {
-	s := w.set
-	c := specOf(pod, a.Container)
-	old := w.images[a.Container]
-	w.images[a.Container] = ImageState{Attempt: a.Attempt, Pulling: true, Failure: old.Failure}
-	return func(ctx context.Context) func() {
-		began := time.Now()
-		img, pulled, err := s.pulls.ensure(ctx, c.Image, c.ImagePullPolicy,
-			func() ([]runtime.Auth, error) { return credentials(ctx, pod, c.Image, s.cfg.Objects.Secret) },
-			func() { s.event(pod, c.Name, corev1.EventTypeNormal, "Pulling", "Pulling image %q", c.Image) })
-		took := time.Since(began).Round(time.Millisecond)
-		return func() {
-			if ctx.Err() != nil {
-				delete(w.images, a.Container)
-				return
-			}
-			switch {
-			case err != nil:
-				w.imageFailed(a, c, err)
-				return
-			case pulled:
-				s.event(pod, c.Name, corev1.EventTypeNormal, "Pulled", "Successfully pulled image %q in %v (%v including waiting). Image size: %v bytes.", c.Image, took, took, img.Size)
-			default:
-				s.event(pod, c.Name, corev1.EventTypeNormal, "Pulled", "Container image %q already present on machine", c.Image)
-			}
-			w.retries.forget(a.key())
-			w.images[a.Container] = ImageState{Attempt: a.Attempt, Image: img, Ready: true}
-		}
-	}
-}
-
-// imageFailed says so as kubelet does: first ErrImagePull, then, while it waits, ImagePullBackOff.
-func (w *worker) imageFailed(a Action, c *corev1.Container, err error) {
-	s := w.set
-	w.set.stats.failed.WithLabelValues(string(a.Kind)).Inc()
-	at := w.retries.failed(a.key(), firstPull, pullLimit)
-	f := imageFailure(err, at)
-	w.images[a.Container] = ImageState{Attempt: a.Attempt, Failure: f}
-	switch f.Reason {
-	case errPull.Error():
-		s.event(w.pod, c.Name, corev1.EventTypeWarning, "Failed", "Failed to pull image %q: %s", c.Image, f.Message)
-		w.after(pullErrShow, func() {
-			if w.images[a.Container].Failure == f {
-				w.images[a.Container] = ImageState{Attempt: a.Attempt, Failure: &Failure{Reason: "ImagePullBackOff", RetryAt: at,
-					Message: fmt.Sprintf("Back-off pulling image %q: ErrImagePull: %s", c.Image, f.Message)}}
-				s.event(w.pod, c.Name, corev1.EventTypeNormal, "BackOff", "Back-off pulling image %q", c.Image)
-				s.event(w.pod, c.Name, corev1.EventTypeWarning, "Failed", "Error: ImagePullBackOff")
-			}
-		})
-	case errNeverPull.Error():
-		s.event(w.pod, c.Name, corev1.EventTypeWarning, "ErrImageNeverPull", "%s", f.Message)
-	default:
-		s.event(w.pod, c.Name, corev1.EventTypeWarning, "InspectFailed", "%s", f.Message)
-	}
-	s.event(w.pod, c.Name, corev1.EventTypeWarning, "Failed", "Error: %s", f.Reason)
-}
-
 // startContainer creates and starts one attempt. A zero RetryAt in the failure leaves the time to the caller.
 func (w *worker) startContainer(ctx context.Context, pod *corev1.Pod, a Action, build func(context.Context) (runtime.ContainerSpec, error)) *Failure {
 	s := w.set
@@ -288,12 +254,29 @@ func (w *worker) startContainer(ctx context.Context, pod *corev1.Pod, a Action, 
 	if err != nil {
 		return fail("CreateContainerError", time.Time{}, err)
 	}
+	spec.Ready = func(ctx context.Context) error { return s.cfg.Sandboxes.Attached(ctx, pod.UID) }
 	id, err := s.cfg.Runtime.Create(ctx, spec)
+	if errors.Is(err, runtime.ErrImageNotFound) {
+		// Somebody removed the image since it was looked for: the container has not failed, and the image is fetched anew.
+		w.post(func() { delete(w.images, c.Name) })
+		return &Failure{Reason: reasonContainerCreating, Message: fmt.Sprintf("Image %q was removed before the container was created", c.Image), RetryAt: time.Now()}
+	}
 	if err != nil {
 		return fail("CreateContainerError", time.Time{}, err)
 	}
+	steps.Passed(ctx, "container: created")
 	s.event(pod, c.Name, corev1.EventTypeNormal, "Created", "Container created")
-	if err := s.cfg.Runtime.Start(ctx, id); err != nil {
+	err = s.cfg.Runtime.Start(ctx, id)
+	if errors.Is(err, runtime.ErrNotReady) {
+		// The sandbox is to blame, and the container's attempt does not count.
+		w.post(func() {
+			if w.box == spec.Sandbox { // it was not made anew since
+				w.boxFailed(pod, err)
+			}
+		})
+		return &Failure{Reason: "FailedCreatePodSandBox", Message: err.Error(), RetryAt: time.Now()}
+	}
+	if err != nil {
 		w.post(func() { w.reasons[id] = err.Error() })
 		// What it left counts as an attempt that ended: the back-off between restarts applies.
 		return fail("RunContainerError", time.Now(), err)

@@ -18,11 +18,12 @@ const (
 	minCPUQuota = 1_000   // µs
 )
 
-// podLimits bounds the pod's cgroup as a whole. A limit of the pod is only known where each container has one.
-func podLimits(pod *corev1.Pod) cgroup.Limits {
+// podLimits bounds the pod's cgroup as a whole. A limit of the pod is only known where each container has one. pids is
+// how many processes and threads any pod may have; 0 for no limit.
+func podLimits(pod *corev1.Pod, pids int64) cgroup.Limits {
 	requests := resource.PodRequests(pod, resource.PodResourcesOptions{})
 	limits := resource.PodLimits(pod, resource.PodResourcesOptions{})
-	l := cgroup.Limits{CPUShares: minShares}
+	l := cgroup.Limits{CPUShares: minShares, Pids: pids}
 	class := qos.GetPodQOS(pod)
 	if class == corev1.PodQOSBestEffort {
 		return l

@@ -13,6 +13,7 @@ import (
 
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/sandbox/cgroup"
 )
 
 // Annotations that a container carries through a restart of the agent.
@@ -77,7 +78,9 @@ type Observed struct {
 	StopTime       time.Time // when the pod was first told to stop; zero if it was not
 	Gone           bool      // the API no longer has the pod
 	Refused        *refusal  // why this node does not take the pod; nil if it does
+	Ended          *Ending   // why this node ends the pod; nil if it does not
 	Sandbox        *sandbox.Sandbox
+	Unfurnished    bool // the sandbox is there, but an agent that died may not have written the files that go with it
 	SandboxFailure *Failure
 	Volumes        VolumeState
 	Containers     []runtime.Container
@@ -86,6 +89,12 @@ type Observed struct {
 	Images         map[string]ImageState // by container name
 	Probes         map[string]ProbeState // by container id
 	Messages       map[string]string     // by container id: termination message
+	Resized        map[string]bool       // by container id: it was stopped to start again with other resources
+	Again          map[string]bool       // by container id: it was stopped to start again, whatever it ended with
+	Limits         *cgroup.Limits        // of the pod's cgroup; nil if they are not known
+	PodPids        int64                 // Terms.PodPids
+	Pending        *pending              // why the pod does not get the resources of its spec; nil if it does
+	ResizeFailure  *Failure
 	NodeIPs        []string
 }
 
@@ -196,7 +205,21 @@ func (v *view) ready(c *corev1.Container, l *runtime.Container) bool {
 // over reports whether the container has ended and must not start again.
 func (v *view) over(c *corev1.Container) bool {
 	l := v.latest[c.Name]
-	return l != nil && l.State == runtime.Exited && !v.o.Starting[c.Name] && !podutil.ContainerShouldRestart(*c, v.pod.Spec, l.ExitCode)
+	return l != nil && l.State == runtime.Exited && !v.o.Starting[c.Name] && !v.again(c, l)
+}
+
+// again reports whether a container that has ended is to start again. How it ended decides only if it did so by itself.
+func (v *view) again(c *corev1.Container, l *runtime.Container) bool {
+	return v.o.Resized[l.ID] || v.o.Again[l.ID] || podutil.ContainerShouldRestart(*c, v.pod.Spec, l.ExitCode)
+}
+
+// restartsUnhealthy reports whether a container that a probe has given up starts again once it is stopped. Rules about exit
+// codes have no say, as it has not ended by itself (kubelet: computePodActions).
+func (v *view) restartsUnhealthy(c *corev1.Container) bool {
+	if c.RestartPolicy != nil {
+		return *c.RestartPolicy != corev1.ContainerRestartPolicyNever
+	}
+	return v.pod.Spec.RestartPolicy != corev1.RestartPolicyNever
 }
 
 // initFailed reports whether an init container failed for good.
@@ -237,7 +260,7 @@ func (v *view) deleted() bool { return v.pod.DeletionTimestamp != nil || v.o.Gon
 
 // ending reports whether nothing of the pod may start any more.
 func (v *view) ending() bool {
-	return v.deleted() || v.o.Refused != nil || podutil.IsPodPhaseTerminal(v.pod.Status.Phase) || v.pastDeadline() || v.initFailed() || v.completed()
+	return v.deleted() || v.o.Refused != nil || v.o.Ended != nil || podutil.IsPodPhaseTerminal(v.pod.Status.Phase) || v.pastDeadline() || v.initFailed() || v.completed()
 }
 
 // stopped reports whether no process of the pod is left and none is about to start.
@@ -260,6 +283,9 @@ func (v *view) restart(l *runtime.Container) (at time.Time, next time.Duration) 
 	delay, err := time.ParseDuration(l.Annotations[annotationDelay])
 	if err != nil || delay < 0 {
 		delay = 0
+	}
+	if v.o.Resized[l.ID] {
+		return l.FinishedAt, delay // it did not fail
 	}
 	return restartAfter(delay, l.StartedAt, l.FinishedAt)
 }

@@ -26,6 +26,7 @@ const (
 	EnsureImage     Kind = "EnsureImage"
 	StartContainer  Kind = "StartContainer"
 	StartPause      Kind = "StartPause" // the first process of a PID namespace that the pod's containers share
+	Resize          Kind = "Resize"     // cgroups follow what the pod was given
 	StopContainer   Kind = "StopContainer"
 	RemoveContainer Kind = "RemoveContainer"
 	RemoveFiles     Kind = "RemoveFiles" // volumes, the pod's directory, its logs
@@ -35,13 +36,15 @@ const (
 // Action is one thing to do.
 type Action struct {
 	Kind      Kind
-	Container string        // container name
+	Container string        // container name; EnsureImage: the image's key (wantedImage)
 	ID        string        // container id: Stop, Remove
 	Attempt   int           // EnsureImage, StartContainer
 	Delay     time.Duration // StartContainer: the back-off to note on the container
 	TargetPID uint32        // StartContainer: a process whose PID namespace it shares; 0 for none
 	Grace     time.Duration // StopContainer
 	Message   string        // StopContainer: for the event
+	Again     bool          // StopContainer: it starts again, whatever it ends with
+	Resize    bool          // StopContainer: it starts again at once, with other resources
 }
 
 // Plan is what to do now and when to think again.
@@ -117,6 +120,9 @@ func (v *view) prune(p *Plan) {
 func (v *view) planRun(p *Plan) {
 	o := v.o
 	p.wakeAt(v.deadline())
+	if o.Sandbox != nil && o.Unfurnished && p.due(o.SandboxFailure, o.Now) {
+		p.do(Action{Kind: CreateSandbox}) // which finds the sandbox, and writes the files
+	}
 	if o.Sandbox == nil {
 		// Without its namespaces a running container is cut off: it must go before the sandbox is made anew.
 		cut := false
@@ -141,6 +147,7 @@ func (v *view) planRun(p *Plan) {
 		p.wakeAt(o.Volumes.Refresh)
 	}
 
+	v.planResize(p)
 	v.planPause(p)
 	v.planEphemeral(p)
 
@@ -178,11 +185,13 @@ func (v *view) keep(p *Plan, c *corev1.Container) {
 	probe := v.o.Probes[l.ID]
 	switch {
 	case changed(c, l):
-		v.stop(p, c, l, v.grace(), fmt.Sprintf("Container %s definition changed, will be restarted", c.Name))
+		v.replace(p, c, l, v.grace(), "definition changed", true)
 	case probe.Failed == "liveness":
-		v.stop(p, c, l, v.probeGrace(c.LivenessProbe), fmt.Sprintf("Container %s failed liveness probe, will be restarted", c.Name))
+		v.replace(p, c, l, v.probeGrace(c.LivenessProbe), "failed liveness probe", v.restartsUnhealthy(c))
 	case probe.Failed == "startup":
-		v.stop(p, c, l, v.probeGrace(c.StartupProbe), fmt.Sprintf("Container %s failed startup probe, will be restarted", c.Name))
+		v.replace(p, c, l, v.probeGrace(c.StartupProbe), "failed startup probe", v.restartsUnhealthy(c))
+	case restartsFor(c, resizeOf(c, l)) && v.roomy():
+		p.do(Action{Kind: StopContainer, Container: c.Name, ID: l.ID, Grace: v.grace(), Message: fmt.Sprintf("Container %s resize requires restart", c.Name), Resize: true})
 	}
 	p.Probes = append(p.Probes, Target{Container: c.Name, ID: l.ID})
 }
@@ -212,13 +221,10 @@ func (v *view) start(p *Plan, c *corev1.Container) {
 	if !p.due(o.Starts[c.Name], o.Now) {
 		return
 	}
-	if img := o.Images[c.Name]; !img.Ready || img.Attempt != attempt {
-		if img.Failure == nil || img.Attempt != attempt || p.due(img.Failure, o.Now) {
-			p.do(Action{Kind: EnsureImage, Container: c.Name, Attempt: attempt})
-		}
+	if !v.imagesHere(p, c, attempt) {
 		return
 	}
-	if o.Sandbox == nil || !o.Volumes.Ready {
+	if o.Sandbox == nil || o.Unfurnished || !o.Volumes.Ready || !v.roomy() {
 		return
 	}
 	pid, ok := v.targetPID(c.Name)
@@ -230,6 +236,15 @@ func (v *view) start(p *Plan, c *corev1.Container) {
 
 func (v *view) stop(p *Plan, c *corev1.Container, l *runtime.Container, grace time.Duration, message string) {
 	p.do(Action{Kind: StopContainer, Container: c.Name, ID: l.ID, Grace: grace, Message: message})
+}
+
+// replace stops a container for a reason, and with again has it start anew.
+func (v *view) replace(p *Plan, c *corev1.Container, l *runtime.Container, grace time.Duration, reason string, again bool) {
+	message := "Container " + c.Name + " " + reason
+	if again {
+		message += ", will be restarted"
+	}
+	p.do(Action{Kind: StopContainer, Container: c.Name, ID: l.ID, Grace: grace, Message: message, Again: again})
 }
 
 // planEnd takes the pod down in order: containers, sidecars backwards, then what they used, then the API object.
@@ -302,11 +317,21 @@ func (v *view) planEnd(p *Plan) {
 	}
 }
 
+// evictionGrace is what containers get that are in the way of all others (kubelet: immediateEvictionGracePeriodSeconds).
+const evictionGrace = time.Second
+
 // minGrace is what a sidecar gets at least after the containers have used up the pod's grace.
 const minGrace = 2 * time.Second
 
 // grace is how long the containers of the pod have between the stop signal and the end.
 func (v *view) grace() time.Duration {
+	if e := v.o.Ended; e != nil {
+		return min(e.Grace, v.ownGrace())
+	}
+	return v.ownGrace()
+}
+
+func (v *view) ownGrace() time.Duration {
 	if s := v.pod.DeletionGracePeriodSeconds; s != nil && v.pod.DeletionTimestamp != nil {
 		return time.Duration(max(*s, 0)) * time.Second
 	}

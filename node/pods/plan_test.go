@@ -4,6 +4,7 @@ package pods
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/sandbox/cgroup"
 )
 
 var now = time.Date(2026, 7, 1, 12, 0, 0, 0, time.UTC)
@@ -99,6 +101,10 @@ var (
 	startup   = func(c *corev1.Container) { c.StartupProbe = probe }
 )
 
+func ownPolicy(r corev1.ContainerRestartPolicy) func(*corev1.Container) {
+	return func(c *corev1.Container) { c.RestartPolicy = &r }
+}
+
 type seenOpt func(*Observed)
 
 // seen is a pod with sandbox and volumes in place, and all images here.
@@ -107,6 +113,7 @@ func seen(opts ...seenOpt) *Observed {
 		Now: now, BootID: "boot", StartTime: ago(time.Minute), Sandbox: &sandbox.Sandbox{PodUID: "uid"},
 		Volumes: VolumeState{Ready: true, Present: true, Files: true}, Starting: map[string]bool{}, Starts: map[string]*Failure{},
 		Images: map[string]ImageState{}, Probes: map[string]ProbeState{}, Messages: map[string]string{},
+		Limits: &cgroup.Limits{CPUShares: minShares},
 	}
 	for _, opt := range opts {
 		opt(o)
@@ -115,7 +122,7 @@ func seen(opts ...seenOpt) *Observed {
 }
 
 func nothing(o *Observed) {
-	o.Sandbox, o.Volumes = nil, VolumeState{}
+	o.Sandbox, o.Volumes, o.Limits = nil, VolumeState{}, nil
 }
 
 func image(name string, attempt int) seenOpt {
@@ -159,6 +166,8 @@ func ran(from, to time.Duration) func(*runtime.Container) {
 
 func otherBoot(c *runtime.Container) { c.Annotations[annotationBoot] = "before" }
 
+func again(id string) seenOpt { return func(o *Observed) { o.Again = map[string]bool{id: true} } }
+
 func starting(name string) seenOpt { return func(o *Observed) { o.Starting[name] = true } }
 
 func probed(id string, s ProbeState) seenOpt { return func(o *Observed) { o.Probes[id] = s } }
@@ -178,7 +187,11 @@ func short(a Action) string {
 		}
 		return s
 	case StopContainer:
-		return fmt.Sprintf("stop %s %s", a.ID, a.Grace)
+		s := fmt.Sprintf("stop %s %s", a.ID, a.Grace)
+		if a.Again {
+			s += " again"
+		}
+		return s
 	case RemoveContainer:
 		return "remove " + a.ID
 	default:
@@ -237,12 +250,18 @@ func TestPlan(t *testing.T) {
 		{name: "Never restarts nothing", pod: pod(policy(corev1.RestartPolicyNever), main("a"), main("b")), seen: seen(exited("a", 0, 1), running("b", 0))},
 		{name: "a container that could not start has ended", pod: pod(), seen: seen(boxed("c", 0, runtime.Created, func(c *runtime.Container) { c.Reason = "StartError" }), image("c", 1)), want: []string{"start c#1 next 10s"}},
 		{name: "of attempts the last two are kept", pod: pod(), seen: seen(exited("c", 0, 1), exited("c", 1, 1), running("c", 2)), want: []string{"remove c-0"}},
-		{name: "a changed image restarts its container", pod: pod(main("c", func(c *corev1.Container) { c.Image = "img:2" })), seen: seen(running("c", 0)), want: []string{"stop c-0 " + grace}},
-		{name: "a failed liveness probe restarts the container", pod: pod(main("c", liveness)), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "liveness"})), want: []string{"stop c-0 " + grace}},
+		{name: "a changed image restarts its container", pod: pod(main("c", func(c *corev1.Container) { c.Image = "img:2" })), seen: seen(running("c", 0)), want: []string{"stop c-0 " + grace + " again"}},
+		{name: "whatever the policy", pod: pod(policy(corev1.RestartPolicyNever), main("c", func(c *corev1.Container) { c.Image = "img:2" })), seen: seen(running("c", 0)), want: []string{"stop c-0 " + grace + " again"}},
+		{name: "a failed liveness probe restarts the container", pod: pod(main("c", liveness)), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "liveness"})), want: []string{"stop c-0 " + grace + " again"}},
+		{name: "though it ends well where only failures restart", pod: pod(main("c", liveness), policy(corev1.RestartPolicyOnFailure)), seen: seen(exited("c", 0, 0), again("c-0"), image("c", 1)), want: []string{"start c#1 next 10s"}},
+		{name: "with a back-off as for any other end", pod: pod(main("c", liveness), policy(corev1.RestartPolicyOnFailure)), seen: seen(exited("c", 1, 0, delay(10*time.Second)), again("c-1"), image("c", 2)), wake: 9 * time.Second, wait: []string{"c"}},
+		{name: "but where nothing restarts it only ends", pod: pod(main("c", liveness), policy(corev1.RestartPolicyNever)), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "liveness"})), want: []string{"stop c-0 " + grace}},
+		{name: "a container's own policy comes first", pod: pod(main("c", liveness, ownPolicy(corev1.ContainerRestartPolicyOnFailure)), policy(corev1.RestartPolicyNever)), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "liveness"})), want: []string{"stop c-0 " + grace + " again"}},
+		{name: "either way", pod: pod(main("c", liveness, ownPolicy(corev1.ContainerRestartPolicyNever))), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "liveness"})), want: []string{"stop c-0 " + grace}},
 		{name: "with the grace of the probe", pod: pod(main("c", func(c *corev1.Container) {
 			s := int64(7)
 			c.StartupProbe = &corev1.Probe{TerminationGracePeriodSeconds: &s}
-		})), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "startup"})), want: []string{"stop c-0 7s"}},
+		})), seen: seen(running("c", 0), probed("c-0", ProbeState{Failed: "startup"})), want: []string{"stop c-0 7s again"}},
 		{name: "a container that the spec does not have goes", pod: pod(), seen: seen(running("c", 0), exited("x", 0, 0)), want: []string{"remove x-0"}},
 
 		// Init containers.
@@ -498,4 +517,22 @@ func TestPlanConvergesProperty(t *testing.T) {
 		}
 		t.Fatalf("not done after 200 plans; the last: %+v", plan(p, o))
 	})
+}
+
+// An agent that died between the sandbox and its files leaves a sandbox in which nothing can start.
+func TestPlanFurnishesTheSandbox(t *testing.T) {
+	has := func(p Plan, k Kind) bool {
+		return slices.ContainsFunc(p.Actions, func(a Action) bool { return a.Kind == k })
+	}
+	bare := func(o *Observed) { o.Unfurnished = true }
+	ready := func(o *Observed) { o.Images["c"] = ImageState{Ready: true} }
+	if p := plan(pod(), seen(bare, ready)); !has(p, CreateSandbox) || has(p, StartContainer) {
+		t.Errorf("unfurnished: %+v", p.Actions)
+	}
+	if p := plan(pod(), seen(ready)); has(p, CreateSandbox) || !has(p, StartContainer) {
+		t.Errorf("furnished: %+v", p.Actions)
+	}
+	if p := plan(pod(deleting(0)), seen(bare)); has(p, CreateSandbox) || !has(p, RemoveSandbox) {
+		t.Errorf("deleted: %+v", p.Actions)
+	}
 }

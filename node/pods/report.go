@@ -19,6 +19,7 @@ import (
 
 	"skep.io/skep/node/probes"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/steps"
 )
 
 // statusKey is the key of the status write on its way: one at a time, so writes of one pod never overtake one another,
@@ -31,26 +32,39 @@ func (w *worker) report(o *Observed, p *Plan) {
 		return
 	}
 	// A pod that goes before anything of it was made needs no last words.
-	desired := status(w.pod, o)
+	desired := status(w.granted(), o)
 	if podutil.IsPodPhaseTerminal(desired.Phase) {
-		w.out.Store(true) // before anybody can know it, and bind another pod in its stead
+		w.leave(w.pod.UID) // before anybody can know it, and bind another pod in its stead
 	}
-	if w.reported != nil && equality.Semantic.DeepEqual(*w.reported, desired) && equality.Semantic.DeepEqual(w.pod.Status, desired) {
+	if w.static != "" {
+		own := *w.pod
+		own.Status = desired
+		w.pod = &own
+		w.shown.Store(w.pod)
+	}
+	pod := w.api()
+	if pod == nil {
+		w.tellOver(desired.Phase) // a static pod that nothing shows
 		return
 	}
-	pod := w.pod
+	if w.reported != nil && equality.Semantic.DeepEqual(*w.reported, desired) && equality.Semantic.DeepEqual(pod.Status, desired) {
+		w.tellOver(desired.Phase)
+		return
+	}
 	patch, err := statusPatch(pod, desired)
 	if err != nil {
 		w.set.cfg.Log.Error("make status patch", "pod", pod.Namespace+"/"+pod.Name, "error", err)
 		return
 	}
 	if patch == nil {
+		w.tellOver(desired.Phase)
 		return
 	}
-	ctx, cancel := context.WithCancel(w.set.ctx)
+	ctx, cancel := context.WithCancel(steps.Of(w.set.ctx, pod.Namespace+"/"+pod.Name))
 	w.ops[statusKey] = &op{cancel: cancel}
 	go func() {
 		written, err := writeStatus(ctx, w.set.cfg.Client, pod, patch)
+		steps.Passed(ctx, "status: "+string(desired.Phase))
 		w.post(func() {
 			delete(w.ops, statusKey)
 			cancel()
@@ -64,16 +78,28 @@ func (w *worker) wrote(written *corev1.Pod, desired corev1.PodStatus, err error)
 	case err == nil:
 		w.retries.forget(statusKey)
 		w.reported = &desired
+		w.tellOver(desired.Phase)
 		if !w.born.IsZero() && desired.Phase == corev1.PodRunning {
 			w.set.stats.started.Observe(time.Since(w.born).Seconds())
 			w.born = time.Time{}
 		}
-		w.seen(written)
+		if w.static != "" {
+			w.mirrored(written)
+		} else {
+			w.seen(written)
+		}
 	case apierrors.IsNotFound(err):
 		w.retries.failed(statusKey, retryLimit, retryLimit) // the watch will say so too
 	case w.set.ctx.Err() == nil:
 		w.retries.failed(statusKey, firstRetry/5, retryLimit)
 		w.set.cfg.Log.Error("write pod status", "pod", w.pod.Namespace+"/"+w.pod.Name, "error", err)
+	}
+}
+
+// tellOver tells who waits for the end of the pod.
+func (w *worker) tellOver(phase corev1.PodPhase) {
+	if podutil.IsPodPhaseTerminal(phase) {
+		w.finish()
 	}
 }
 

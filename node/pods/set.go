@@ -26,14 +26,20 @@ import (
 	"skep.io/skep/node/probes"
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/sandbox/cgroup"
+	"skep.io/skep/node/steps"
 )
 
 // Sandboxes makes what the containers of a pod share. *sandbox.Sandboxes implements it.
 type Sandboxes interface {
 	// Create returns the pod's sandbox, making it if it is not there.
 	Create(ctx context.Context, spec sandbox.Spec) (*sandbox.Sandbox, error)
+	// Attached waits until nothing is missing for the pod's containers to run.
+	Attached(ctx context.Context, pod types.UID) error
 	Remove(ctx context.Context, pod types.UID) error
 	List(ctx context.Context) ([]*sandbox.Sandbox, error)
+	// Limit bounds what all containers of the pod have together, from now on.
+	Limit(ctx context.Context, pod types.UID, limits cgroup.Limits) error
 }
 
 // Volumes mounts what containers see of the world. *volumes.Volumes implements it, behind a small adapter.
@@ -48,6 +54,12 @@ type Volumes interface {
 	Present(pod types.UID) bool
 	// List names the pods that have something on disk.
 	List() ([]types.UID, error)
+	// MountImage makes a volume of an image that is here. Errors: runtime.ErrImageNotFound.
+	MountImage(ctx context.Context, pod *corev1.Pod, volume, imageID string) error
+	// ContainerDevices are the block devices for the container's volumeDevices.
+	ContainerDevices(pod *corev1.Pod, c *corev1.Container) ([]runtime.Device, error)
+	// EnvFile reads a variable of a file in a volume; empty if the file does not have it. Errors: fs.ErrNotExist.
+	EnvFile(pod *corev1.Pod, volume, path, key string) (string, error)
 	ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand func(string) string) ([]runtime.Mount, error)
 }
 
@@ -65,16 +77,17 @@ type Prober interface {
 
 // Config of a Set. All fields are needed unless they say otherwise.
 type Config struct {
-	NodeName       string
-	NodeIPs        []netip.Addr
-	Client         kubernetes.Interface
-	Runtime        runtime.Containers
-	Images         runtime.Images
-	Sandboxes      Sandboxes
-	Volumes        Volumes
-	Objects        Objects
-	Prober         Prober
-	Services       func(namespace string) ([]*corev1.Service, error)
+	NodeName  string
+	NodeIPs   []netip.Addr
+	Client    kubernetes.Interface
+	Runtime   runtime.Containers
+	Images    runtime.Images
+	Sandboxes Sandboxes
+	Volumes   Volumes
+	Objects   Objects
+	Prober    Prober
+	// Services lists those of a namespace. With wait it waits until they are known; without it gives what is known now.
+	Services       func(namespace string, wait bool) ([]*corev1.Service, error)
 	ResolvConf     func(pod *corev1.Pod) ([]byte, error)
 	Recorder       record.EventRecorder
 	Dir            string // pods' directories: DATA/pods
@@ -85,8 +98,10 @@ type Config struct {
 	Node           func() *corev1.Node // as the API has it; may give nil while that is not known
 	MemoryCapacity int64               // bytes
 	BootID         string
-	Log            *slog.Logger
-	Metrics        prometheus.Registerer // may be nil
+	// Weigh gives all burstable pods together a weight, in cgroup version 1's units; nil: nobody does.
+	Weigh   func(shares uint64) error
+	Log     *slog.Logger
+	Metrics prometheus.Registerer // may be nil
 }
 
 // Set is the pods of this node.
@@ -98,10 +113,17 @@ type Set struct {
 	stats *metrics
 	ctx   context.Context
 
+	mirrorsDue, weighDue chan struct{}
+
 	mu      sync.Mutex
 	workers map[types.UID]*worker
 	found   map[types.UID]*remains // what an earlier agent left and no worker has taken over
+	statics map[types.NamespacedName]*staticPod
 	wg      sync.WaitGroup
+	// complete says that all pods of the node are known: until then nobody gets more than it has.
+	complete bool
+	closed   *refusal              // why no pod is taken any more; nil if they are
+	deferred map[types.UID]*worker // whose pods want other resources than they were given
 }
 
 // remains is what is left of one pod on this host.
@@ -113,10 +135,13 @@ type remains struct {
 
 // New reads what an earlier agent left, so that pods which come later find their own. ctx ends all workers.
 func New(ctx context.Context, cfg Config) (*Set, error) {
+	if cfg.Log.Enabled(ctx, slog.LevelDebug) {
+		ctx = steps.With(ctx, func(pod, step string) { cfg.Log.Debug("pod step", "pod", pod, "step", step) })
+	}
 	s := &Set{
 		cfg: cfg, files: hostFiles{dir: cfg.Dir, logs: cfg.LogsDir}, ctx: ctx,
 		hooks: newHooks(cfg.Runtime), pulls: newPulls(ctx, cfg.Images),
-		workers: map[types.UID]*worker{}, found: map[types.UID]*remains{},
+		workers: map[types.UID]*worker{}, found: map[types.UID]*remains{}, statics: map[types.NamespacedName]*staticPod{}, deferred: map[types.UID]*worker{}, mirrorsDue: make(chan struct{}, 1), weighDue: make(chan struct{}, 1),
 	}
 	var err error
 	if s.stats, err = newMetrics(cfg.Metrics, s.count); err != nil {
@@ -161,6 +186,9 @@ func (s *Set) count() float64 {
 
 // Run hands the runtime's news to the workers until the Set's context ends, and then waits for them.
 func (s *Set) Run() {
+	if s.cfg.Weigh != nil {
+		s.wg.Go(s.runWeights)
+	}
 	for {
 		select {
 		case uid := <-s.cfg.Runtime.Exits():
@@ -174,6 +202,10 @@ func (s *Set) Run() {
 
 // Update tells of a pod that the API has for this node.
 func (s *Set) Update(pod *corev1.Pod) {
+	if isMirror(pod) {
+		s.mirrored(pod, false)
+		return
+	}
 	s.mu.Lock()
 	w := s.workers[pod.UID]
 	if w != nil {
@@ -184,25 +216,43 @@ func (s *Set) Update(pod *corev1.Pod) {
 	s.mu.Unlock()
 	node := s.nodeFor(pod)
 	s.mu.Lock()
-	if s.ctx.Err() != nil {
-		s.mu.Unlock()
-		return
+	if s.ctx.Err() == nil {
+		s.begin(pod, node, nil)
 	}
-	w = newWorker(s, pod, s.found[pod.UID])
+	s.mu.Unlock()
+}
+
+// begin starts the worker of a pod, which takes over what is left of it on this host. s.mu is held.
+func (s *Set) begin(pod *corev1.Pod, node *corev1.Node, st *staticPod) *worker {
+	w := newWorker(s, pod, s.found[pod.UID])
+	if st != nil {
+		w.static = pod.UID
+	}
 	if s.found[pod.UID] == nil && pod.Status.StartTime == nil && pod.DeletionTimestamp == nil {
 		s.admit(w, node)
 	}
 	delete(s.found, pod.UID)
 	s.workers[pod.UID] = w
+	s.allotMade(w)
+	s.reweigh()
 	s.wg.Add(1)
-	s.mu.Unlock()
 	go func() {
 		defer s.wg.Done()
 		w.loop(s.ctx)
+		w.finish()
 		s.mu.Lock()
+		defer s.mu.Unlock()
 		delete(s.workers, pod.UID)
-		s.mu.Unlock()
+		delete(s.deferred, pod.UID)
+		s.reweigh()
+		if s.complete {
+			s.allotDeferred()
+		}
+		if st != nil {
+			s.staticEnded(st)
+		}
 	}()
+	return w
 }
 
 // nodeFor is the Node to judge a new pod by. Its labels may have changed a moment ago, and the pod been bound for that:
@@ -221,13 +271,10 @@ func (s *Set) nodeFor(pod *corev1.Pod) *corev1.Node {
 
 // admit has a new pod refused that this node cannot take. s.mu is held: of two pods one comes first.
 func (s *Set) admit(w *worker, node *corev1.Node) {
-	others := make([]*corev1.Pod, 0, len(s.workers))
-	for _, o := range s.workers {
-		if !o.out.Load() {
-			others = append(others, o.shown.Load())
-		}
+	if w.refused = admit(w.pod, node, s.taken(), s.cfg.Allocatable, s.cfg.Terms); s.closed != nil {
+		w.refused = s.closed
 	}
-	if w.refused = admit(w.pod, node, others, s.cfg.Allocatable, s.cfg.Terms); w.refused == nil {
+	if w.refused == nil {
 		return
 	}
 	w.out.Store(true)
@@ -237,7 +284,20 @@ func (s *Set) admit(w *worker, node *corev1.Node) {
 
 // Delete tells that the API no longer has the pod.
 func (s *Set) Delete(pod *corev1.Pod) {
-	s.withWorker(pod.UID, func(w *worker) {
+	if isMirror(pod) {
+		s.mirrored(pod, true)
+		return
+	}
+	s.mu.Lock()
+	w := s.workers[pod.UID]
+	s.mu.Unlock()
+	if w == nil {
+		return
+	}
+	// Deleted without grace its containers may live on for a moment. Whoever binds another pod counts on its room all
+	// the same, as the scheduler does that has just had it make way.
+	w.leave(pod.UID)
+	w.post(func() {
 		w.seen(pod)
 		w.gone = true
 	})
@@ -309,11 +369,14 @@ func (s *Set) ProbeResult(r probes.Result) {
 	s.withWorker(r.PodUID, func(w *worker) { w.probed(r) })
 }
 
-// Prune removes what an earlier agent left of pods that no longer exist. Call it once, after Update for every pod that does.
+// Prune removes what an earlier agent left of pods that no longer exist, and has pods get what they wait for. Call it once, after Update for every pod that does.
 func (s *Set) Prune(ctx context.Context) error {
 	s.mu.Lock()
 	left := s.found
 	s.found = map[types.UID]*remains{}
+	s.complete = true
+	s.allotDeferred()
+	s.reweigh()
 	s.mu.Unlock()
 	var errs []error
 	for uid, r := range left {

@@ -38,7 +38,7 @@ func (s *Set) sandboxSpec(pod *corev1.Pod) sandbox.Spec {
 	spec := sandbox.Spec{
 		PodUID: pod.UID, Namespace: pod.Namespace, Name: pod.Name,
 		HostNetwork: pod.Spec.HostNetwork, HostIPC: pod.Spec.HostIPC, CgroupParent: cgroupParent(pod),
-		CgroupLimits: podLimits(pod),
+		CgroupLimits: podLimits(pod, s.cfg.Terms.PodPids),
 	}
 	if !pod.Spec.HostNetwork {
 		name, domain := hostname(pod, s.cfg.ClusterDomain)
@@ -76,7 +76,11 @@ func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Cont
 		podIPs = addressesOf(s.cfg.NodeIPs)
 	}
 	env, err := environment(ctx, pod, c, lookup{
-		configMap: s.cfg.Objects.ConfigMap, secret: s.cfg.Objects.Secret, services: s.cfg.Services,
+		configMap: s.cfg.Objects.ConfigMap, secret: s.cfg.Objects.Secret,
+		envFile: func(volume, path, key string) (string, error) { return s.cfg.Volumes.EnvFile(pod, volume, path, key) },
+		services: func(namespace string) ([]*corev1.Service, error) {
+			return s.cfg.Services(namespace, !IsStatic(pod)) // a static pod needs no API server
+		},
 		allocatable: s.cfg.Allocatable, podIPs: podIPs, hostIPs: addressesOf(s.cfg.NodeIPs),
 	})
 	if err != nil {
@@ -93,8 +97,13 @@ func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Cont
 	if err != nil {
 		return runtime.ContainerSpec{}, fmt.Errorf("%w: %w", errConfig, err)
 	}
+	devices, err := s.cfg.Volumes.ContainerDevices(pod, c)
+	if err != nil {
+		return runtime.ContainerSpec{}, fmt.Errorf("%w: %w", errConfig, err)
+	}
 	spec := runtime.ContainerSpec{
-		PodUID: pod.UID, PodNamespace: pod.Namespace, PodName: pod.Name, Name: c.Name, Attempt: a.Attempt,
+		Devices: devices,
+		PodUID:  pod.UID, PodNamespace: pod.Namespace, PodName: pod.Name, Name: c.Name, Attempt: a.Attempt,
 		ImageID: img.ID, Image: c.Image,
 		Command: expand(c.Command, env), Args: expand(c.Args, env), WorkingDir: c.WorkingDir, Env: env.list(),
 		Sandbox: box, HostPID: pod.Spec.HostPID, TargetPID: a.TargetPID, Hostname: name, CgroupParent: cgroupParent(pod),

@@ -5,6 +5,8 @@ package pods
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -35,6 +37,12 @@ func testLookup() lookup {
 			}
 			return &corev1.Secret{Data: map[string][]byte{"k": []byte("hidden")}}, nil
 		},
+		envFile: func(volume, path, key string) (string, error) {
+			if path != "env" {
+				return "", fmt.Errorf("file %q: %w", path, fs.ErrNotExist)
+			}
+			return map[string]string{"K": "from a file"}[key], nil
+		},
 		services: func(ns string) ([]*corev1.Service, error) {
 			svc := func(name, ip string) *corev1.Service {
 				return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.ServiceSpec{ClusterIP: ip, Ports: []corev1.ServicePort{{Port: 80}}}}
@@ -57,6 +65,9 @@ func TestEnvironment(t *testing.T) {
 	fromMap := func(name, key string, optional *bool) *corev1.EnvVarSource {
 		return &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{LocalObjectReference: corev1.LocalObjectReference{Name: name}, Key: key, Optional: optional}}
 	}
+	fromFile := func(path, key string, optional *bool) []corev1.EnvVar {
+		return []corev1.EnvVar{{Name: "A", ValueFrom: &corev1.EnvVarSource{FileKeyRef: &corev1.FileKeySelector{VolumeName: "v", Path: path, Key: key, Optional: optional}}}}
+	}
 	tests := []struct {
 		name  string
 		links *bool
@@ -77,6 +88,11 @@ func TestEnvironment(t *testing.T) {
 		{name: "all of a secret", from: []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "s"}}}}, want: []string{"k=hidden"}},
 		{name: "an optional one that is missing", from: []corev1.EnvFromSource{{ConfigMapRef: &corev1.ConfigMapEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "nope"}, Optional: &yes}}}, env: []corev1.EnvVar{{Name: "A", ValueFrom: fromMap("cm", "zzz", &yes)}}, lacks: []string{"A"}},
 		{name: "a missing config map", env: []corev1.EnvVar{{Name: "A", ValueFrom: fromMap("nope", "a", nil)}}, err: `configmap "nope" not found`},
+		{name: "a file that an init container wrote", env: fromFile("env", "K", nil), want: []string{"A=from a file"}},
+		{name: "optionally", env: fromFile("env", "L", &yes), lacks: []string{"A"}},
+		{name: "even the file", env: fromFile("none", "K", &yes), lacks: []string{"A"}},
+		{name: "a file without the key", env: fromFile("env", "L", nil), err: `environment variable key "L" not found in file "env"`},
+		{name: "a missing file", env: fromFile("none", "K", &no), err: `file "none": file does not exist`},
 		{name: "a missing key", env: []corev1.EnvVar{{Name: "A", ValueFrom: fromMap("cm", "zzz", nil)}}, err: "couldn't find key zzz in ConfigMap ns/cm"},
 	}
 	for _, tt := range tests {
@@ -154,7 +170,7 @@ func TestPodLimits(t *testing.T) {
 		{"all have limits", "kubepods/burstable/poduid", pod(main("a", res("500m", "1", "64Mi")), main("b", res("500m", "1", "64Mi"))), cgroup.Limits{CPUShares: 1024, CPUQuota: 200_000, CPUPeriod: 100_000, MemoryBytes: 128 << 20}},
 	}
 	for _, tt := range tests {
-		if d := cmp.Diff(tt.want, podLimits(tt.pod)); d != "" {
+		if d := cmp.Diff(tt.want, podLimits(tt.pod, 0)); d != "" {
 			t.Errorf("%s (-want +got):\n%s", tt.name, d)
 		}
 		if got := cgroupParent(tt.pod); got != tt.parent {

@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/component-helpers/resource"
 	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
 	"k8s.io/kubernetes/pkg/apis/core/v1/helper/qos"
 
@@ -23,6 +24,7 @@ const (
 	reasonContainerCreating = "ContainerCreating"
 	reasonCrashLoop         = "CrashLoopBackOff"
 	reasonDeadline          = "DeadlineExceeded"
+	reasonEvicted           = "Evicted"
 	messageDeadline         = "Pod was active on the node longer than the specified deadline"
 )
 
@@ -59,14 +61,30 @@ func status(pod *corev1.Pod, o *Observed) corev1.PodStatus {
 		}
 	}
 	v.addresses(&s)
+	v.podResources(&s)
 	if !podutil.IsPodPhaseTerminal(s.Phase) {
 		s.Phase = v.phase(ending)
 		if v.pastDeadline() && !v.deleted() && !v.completed() {
 			s.Reason, s.Message = reasonDeadline, messageDeadline
 		}
+		if v.o.Ended != nil && podutil.IsPodPhaseTerminal(s.Phase) { // not while something of it still runs
+			s.Reason, s.Message = v.o.Ended.Reason, v.o.Ended.Message
+		}
 	}
 	v.conditions(&s)
 	return s
+}
+
+// podResources says what the pod as a whole was given, and has once its cgroup does.
+func (v *view) podResources(s *corev1.PodStatus) {
+	given := v.pod.Spec.Resources
+	if given == nil {
+		return
+	}
+	s.AllocatedResources = resource.PodRequests(v.pod, resource.PodResourcesOptions{})
+	if l := v.o.Limits; s.Resources == nil || l != nil && *l == podLimits(v.pod, v.o.PodPids) {
+		s.Resources = given.DeepCopy()
+	}
 }
 
 func (v *view) addresses(s *corev1.PodStatus) {
@@ -94,7 +112,7 @@ func (v *view) addresses(s *corev1.PodStatus) {
 func (v *view) phase(ending bool) corev1.PodPhase {
 	spec := &v.pod.Spec
 	if ending && v.stopped() {
-		if v.initFailed() || v.pastDeadline() && !v.completed() {
+		if v.o.Ended != nil || v.initFailed() || v.pastDeadline() && !v.completed() {
 			return corev1.PodFailed
 		}
 		for i := range spec.Containers {
@@ -158,8 +176,10 @@ func (v *view) containerStatus(c *corev1.Container, init, ending bool) corev1.Co
 	case runtime.Running:
 		s.State.Running = &corev1.ContainerStateRunning{StartedAt: stamp(l.StartedAt)}
 		if !init || podutil.IsRestartableInitContainer(c) {
-			r := c.Resources.DeepCopy()
-			s.Resources, s.AllocatedResources = r, c.Resources.DeepCopy().Requests
+			s.Resources, s.AllocatedResources = c.Resources.DeepCopy(), c.Resources.DeepCopy().Requests
+			if l.Resources != nil {
+				s.Resources = l.Resources.DeepCopy() // while a resize is under way they differ
+			}
 		}
 	case runtime.Created:
 		s.State = v.absent(c, init, ending)
@@ -203,15 +223,17 @@ func (v *view) absent(c *corev1.Container, init, ending bool) corev1.ContainerSt
 
 // hindrance is why the container's next attempt does not start.
 func (v *view) hindrance(c *corev1.Container) *Failure {
-	if f := v.o.Images[c.Name].Failure; f != nil {
-		return f
+	for _, key := range imageKeys(v.pod, c) {
+		if f := v.o.Images[key].Failure; f != nil {
+			return f
+		}
 	}
 	return v.o.Starts[c.Name]
 }
 
 // restarting is the waiting state of an ended container that will start again; nil while it is still shown as ended.
 func (v *view) restarting(c *corev1.Container, l *runtime.Container, ending bool) *corev1.ContainerStateWaiting {
-	if ending || ephemeral(v.pod, c.Name) != nil || !podutil.ContainerShouldRestart(*c, v.pod.Spec, l.ExitCode) || isInit(v.pod, c) && !podutil.IsRestartableInitContainer(c) && l.ExitCode == 0 {
+	if ending || ephemeral(v.pod, c.Name) != nil || !v.again(c, l) || isInit(v.pod, c) && !podutil.IsRestartableInitContainer(c) && l.ExitCode == 0 {
 		return nil
 	}
 	if at, _ := v.restart(l); v.o.Now.Before(at) {
@@ -220,6 +242,10 @@ func (v *view) restarting(c *corev1.Container, l *runtime.Container, ending bool
 	}
 	if f := v.hindrance(c); f != nil {
 		return &corev1.ContainerStateWaiting{Reason: f.Reason, Message: f.Message}
+	}
+	if v.o.Again[l.ID] || v.o.Resized[l.ID] {
+		// The API lets no container that is over for its policy come back; this one never was.
+		return &corev1.ContainerStateWaiting{Reason: reasonContainerCreating}
 	}
 	return nil
 }
@@ -269,6 +295,12 @@ func (v *view) containerMounts(c *corev1.Container, s *corev1.ContainerStatus) {
 		}
 		s.VolumeMounts = append(s.VolumeMounts, ms)
 	}
+}
+
+// nodeConditions are those that the node that runs a pod says of it; all others are others'.
+var nodeConditions = map[corev1.PodConditionType]bool{
+	corev1.PodReadyToStartContainers: true, corev1.PodInitialized: true, corev1.ContainersReady: true,
+	corev1.PodReady: true, corev1.PodScheduled: true,
 }
 
 // conditions sets the conditions that a node owns and leaves all others.
@@ -348,6 +380,10 @@ func (v *view) conditions(s *corev1.PodStatus) {
 	}
 	set(corev1.PodReady, ready, reason, message)
 	set(corev1.PodScheduled, true, "", "")
+	v.resizeConditions(s, set)
+	if v.o.Ended != nil {
+		set(corev1.DisruptionTarget, true, corev1.PodReasonTerminationByKubelet, v.o.Ended.Message)
+	}
 }
 
 func names(list []string) string { return "[" + strings.Join(list, " ") + "]" }

@@ -4,6 +4,7 @@ package pods
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -12,10 +13,13 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
+	"k8s.io/apimachinery/pkg/types"
 
 	"skep.io/skep/node/probes"
 	"skep.io/skep/node/runtime"
 	"skep.io/skep/node/sandbox"
+	"skep.io/skep/node/sandbox/cgroup"
+	"skep.io/skep/node/steps"
 )
 
 // worker owns one pod. Everything below mu belongs to its goroutine; others hand it functions to run.
@@ -23,35 +27,47 @@ type worker struct {
 	set   *Set
 	shown atomic.Pointer[corev1.Pod] // for look-ups by others
 	out   atomic.Bool                // it takes nothing of the node any more: refused, over, or deleted
+	// allotted is what the node lets the pod have; written with Set.mu held.
+	allotted atomic.Pointer[allotment]
 
 	mu     sync.Mutex
 	posted []func()
 	notify chan struct{}
 
-	pod        *corev1.Pod
-	gone       bool
-	refused    *refusal
-	startTime  time.Time
-	stopTime   time.Time
-	box        *sandbox.Sandbox
-	boxFailure *Failure
-	volumes    VolumeState
-	containers []runtime.Container
-	listed     bool // containers is what the runtime has
-	starting   map[string]bool
-	starts     map[string]*Failure
-	images     map[string]ImageState
-	probes     map[string]ProbeState
-	messages   map[string]string
-	reasons    map[string]string // by container id: why it could not start
-	stopping   map[string]bool   // by container id: told to, the event is out
-	waiting    map[string]int    // by container name: the attempt whose back-off was told of
-	targets    []Target
-	ops        map[string]*op
-	retries    retries
-	reported   *corev1.PodStatus
-	timers     []*time.Timer
-	born       time.Time // when this agent first saw the pod; zero once its start is measured
+	pod           *corev1.Pod
+	static        types.UID   // of a static pod; empty for others
+	mirror        *corev1.Pod // what shows a static pod in the API; nil: nothing does
+	gone          bool
+	refused       *refusal
+	ended         *Ending
+	over          chan struct{} // closed when the API knows that the pod is over, or nothing of it is left
+	startTime     time.Time
+	stopTime      time.Time
+	box           *sandbox.Sandbox
+	bare          bool // Observed.Unfurnished
+	boxFailure    *Failure
+	limits        *cgroup.Limits // of the pod's cgroup; nil if they are not known
+	resizing      bool           // a resize was begun and its end not told of
+	resized       map[string]bool
+	again         map[string]bool // by container id: stopped to start again, whatever it ends with
+	resizeFailure *Failure
+	volumes       VolumeState
+	containers    []runtime.Container
+	listed        bool // containers is what the runtime has
+	starting      map[string]bool
+	starts        map[string]*Failure
+	images        map[string]ImageState
+	probes        map[string]ProbeState
+	messages      map[string]string
+	reasons       map[string]string // by container id: why it could not start
+	stopping      map[string]bool   // by container id: told to, the event is out
+	waiting       map[string]int    // by container name: the attempt whose back-off was told of
+	targets       []Target
+	ops           map[string]*op
+	retries       retries
+	reported      *corev1.PodStatus
+	timers        []*time.Timer
+	born          time.Time // when this agent first saw the pod; zero once its start is measured
 }
 
 // op is an action on its way.
@@ -63,18 +79,20 @@ type op struct {
 
 func newWorker(s *Set, pod *corev1.Pod, r *remains) *worker {
 	w := &worker{
-		set: s, pod: pod, notify: make(chan struct{}, 1), startTime: time.Now(), listed: true,
+		set: s, pod: pod, over: make(chan struct{}), notify: make(chan struct{}, 1), startTime: time.Now(), listed: true,
 		starting: map[string]bool{}, starts: map[string]*Failure{}, images: map[string]ImageState{}, probes: map[string]ProbeState{},
 		messages: map[string]string{}, reasons: map[string]string{}, stopping: map[string]bool{}, waiting: map[string]int{},
-		ops: map[string]*op{}, retries: retries{}, born: time.Now(),
+		resized: map[string]bool{}, again: map[string]bool{}, ops: map[string]*op{}, retries: retries{}, born: time.Now(),
 	}
 	w.shown.Store(pod)
+	w.allotted.Store(&allotment{pod: pod})
 	if t := pod.Status.StartTime; t != nil {
 		w.startTime = t.Time
 	}
 	if r != nil {
 		w.containers, w.box, w.born = r.containers, r.sandbox, time.Time{}
 		w.volumes.Files = r.files || len(r.containers) > 0
+		w.bare = len(r.containers) == 0 // a container is made only once they are written
 		w.adopt()
 	}
 	w.volumes.Present = s.cfg.Volumes.Present(pod.UID)
@@ -85,21 +103,27 @@ func newWorker(s *Set, pod *corev1.Pod, r *remains) *worker {
 // adopt takes over what an earlier agent ran, and believes what it last said of its health, so that nothing that serves
 // stops serving while the probes come round again.
 func (w *worker) adopt() {
+	for _, c := range w.containers {
+		if c.State == runtime.Running {
+			// Its volumes are there, or it would not run; Stale has them refreshed.
+			w.volumes.Ready, w.volumes.Stale = true, true
+		}
+	}
+	w.believe(w.pod.Status)
+	w.listMessages()
+}
+
+// believe takes what was said of the health of containers that run.
+func (w *worker) believe(status corev1.PodStatus) {
 	known := map[string]corev1.ContainerStatus{}
-	for _, s := range slices.Concat(w.pod.Status.InitContainerStatuses, w.pod.Status.ContainerStatuses) {
+	for _, s := range slices.Concat(status.InitContainerStatuses, status.ContainerStatuses) {
 		known[s.ContainerID] = s
 	}
 	for _, c := range w.containers {
-		if c.State != runtime.Running {
-			continue
-		}
-		if s, ok := known["containerd://"+c.ID]; ok {
+		if s, ok := known["containerd://"+c.ID]; ok && c.State == runtime.Running {
 			w.probes[c.ID] = ProbeState{Started: s.Started != nil && *s.Started, Ready: s.Ready}
 		}
-		// Its volumes are there, or it would not run; Stale has them refreshed.
-		w.volumes.Ready, w.volumes.Stale = true, true
 	}
-	w.listMessages()
 }
 
 // post has f run in the worker's goroutine.
@@ -138,7 +162,7 @@ func (w *worker) loop(ctx context.Context) {
 			w.list(ctx)
 		}
 		o := w.observe()
-		p := plan(w.pod, o)
+		p := plan(w.granted(), o)
 		if p.Ending && w.stopTime.IsZero() {
 			w.stopTime = o.Now
 		}
@@ -146,6 +170,7 @@ func (w *worker) loop(ctx context.Context) {
 		w.act(&p)
 		w.probe(p.Probes)
 		w.tellWaiting(&p)
+		w.tellResized(o)
 		if p.Done && len(w.ops) == 0 {
 			break
 		}
@@ -201,6 +226,7 @@ func (w *worker) seen(pod *corev1.Pod) {
 	}
 	w.pod = pod
 	w.shown.Store(pod)
+	w.set.reallot(w)
 }
 
 // older compares resource versions, which the API server hands out in order; what is no number is taken as newer.
@@ -245,16 +271,15 @@ func (w *worker) listMessages() {
 			w.messages[c.ID] = w.set.files.terminationMessage(w.pod, spec, c.Attempt, c.ExitCode != 0)
 		}
 	}
-	for id := range w.messages {
-		if !here[id] {
-			delete(w.messages, id)
-		}
-	}
-	for id := range w.probes {
-		if !here[id] {
-			delete(w.probes, id)
-		}
-	}
+	keepOnly(w.messages, here)
+	keepOnly(w.probes, here)
+	keepOnly(w.resized, here)
+	keepOnly(w.again, here)
+}
+
+// keepOnly forgets what is noted of containers that are not here any more.
+func keepOnly[V any](noted map[string]V, here map[string]bool) {
+	maps.DeleteFunc(noted, func(id string, _ V) bool { return !here[id] })
 }
 
 // spec finds a container of the pod by name.
@@ -290,9 +315,10 @@ func containersOf(pod *corev1.Pod) []*corev1.Container {
 
 func (w *worker) observe() *Observed {
 	return &Observed{
-		Now: time.Now(), BootID: w.set.cfg.BootID, StartTime: w.startTime, StopTime: w.stopTime, Gone: w.gone, Refused: w.refused,
-		Sandbox: w.box, SandboxFailure: w.boxFailure, Volumes: w.volumes, Containers: w.containers,
+		Now: time.Now(), BootID: w.set.cfg.BootID, StartTime: w.startTime, StopTime: w.stopTime, Gone: w.gone, Refused: w.refused, Ended: w.ended,
+		Sandbox: w.box, Unfurnished: w.bare, SandboxFailure: w.boxFailure, Volumes: w.volumes, Containers: w.containers,
 		Starting: w.starting, Starts: w.starts, Images: w.images, Probes: w.probes, Messages: w.messages,
+		Resized: w.resized, Again: w.again, Limits: w.limits, PodPids: w.set.cfg.Terms.PodPids, Pending: w.allotted.Load().pending, ResizeFailure: w.resizeFailure,
 		NodeIPs: addressesOf(w.set.cfg.NodeIPs),
 	}
 }
@@ -341,12 +367,13 @@ func (a Action) key() string {
 
 // launch runs an action beside the worker; what it returns is applied in the worker's goroutine.
 func (w *worker) launch(key string, a Action) {
-	ctx, cancel := context.WithCancel(w.set.ctx)
+	ctx, cancel := context.WithCancel(steps.Of(w.set.ctx, w.pod.Namespace+"/"+w.pod.Name))
 	w.ops[key] = &op{action: a, cancel: cancel, deadline: time.Now().Add(a.Grace)}
 	do := w.prepare(a)
 	began, name := time.Now(), w.pod.Namespace+"/"+w.pod.Name
 	go func() {
 		apply := do(ctx)
+		steps.Passed(ctx, string(a.Kind)+": done")
 		w.set.stats.acted(a.Kind, time.Since(began))
 		w.set.cfg.Log.Debug("pod action", "action", a.Kind, "pod", name, "container", a.Container, "took", time.Since(began))
 		w.post(func() {

@@ -134,6 +134,37 @@ func TestCannotStart(t *testing.T) {
 	}
 }
 
+// TestNotReady: a process does not run before what its container waits for is there, and may be started later.
+func TestNotReady(t *testing.T) {
+	n, ctx := newNode(t), context.Background()
+	spec := n.spec("wait", "sleep", "1h")
+	missing := errors.New("no network yet")
+	spec.Ready = func(context.Context) error { return missing }
+	id, err := n.Create(ctx, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := n.Start(ctx, id); !errors.Is(err, ErrNotReady) || !errors.Is(err, missing) {
+			t.Fatalf("Start: %v", err)
+		}
+		c := n.container(id)
+		if pids, err := cgroup.Processes(c.Cgroup); c.State != Created || len(pids) != 0 || err != nil {
+			t.Fatalf("%s with processes %v, %v", c.State, pids, err)
+		}
+	}
+	missing = nil
+	if err := n.Start(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	if c := n.container(id); c.State != Running {
+		t.Errorf("%+v", c)
+	}
+	if err := n.Remove(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestMemoryLimit(t *testing.T) {
 	n := newNode(t)
 	spec := n.spec("eater", "eat")
@@ -417,5 +448,38 @@ func TestManyLines(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(spec.LogPath + "*"); len(left) != 0 {
 		t.Errorf("logs left: %v", left)
+	}
+}
+
+// TestUpdate: a running container gets other limits, and keeps them in its record; fewer than it uses it does not get.
+func TestUpdate(t *testing.T) {
+	n, ctx := newNode(t), context.Background()
+	limits := func(cpu, memory string) corev1.ResourceRequirements {
+		return corev1.ResourceRequirements{Limits: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)}}
+	}
+	spec := n.spec("resized")
+	spec.Resources = limits("500m", "64Mi")
+	id := n.run(spec)
+	if err := n.Update(ctx, id, limits("1", "128Mi")); err != nil {
+		t.Fatal(err)
+	}
+	c := n.container(id)
+	if used, err := cgroup.Read(c.Cgroup); err != nil || used.MemoryLimit != 128<<20 {
+		t.Errorf("statistics %+v, %v", used, err)
+	}
+	if c.State != Running || c.Resources.Limits.Cpu().Value() != 1 {
+		t.Errorf("%+v", c)
+	}
+	if err := n.Update(ctx, id, limits("1", "4Ki")); !errors.Is(err, cgroup.ErrInUse) {
+		t.Errorf("less than it uses: %v", err)
+	}
+	if c := n.container(id); c.State != Running || c.Resources.Limits.Memory().Value() != 128<<20 {
+		t.Errorf("after a refusal: %+v", c)
+	}
+	if err := n.Stop(ctx, id, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Update(ctx, id, limits("1", "256Mi")); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("one that has ended: %v", err)
 	}
 }

@@ -3,6 +3,8 @@
 package runtime
 
 import (
+	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/typeurl/v2"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -47,6 +50,7 @@ type definition struct {
 	Cgroup       string
 	NetNS        string
 	User         *User
+	Resources    *corev1.ResourceRequirements // that it was made with
 }
 
 // GetTypeUrl and GetValue make a definition something that containerd stores.
@@ -73,6 +77,7 @@ type status struct {
 	Message    string
 	StartedAt  time.Time
 	FinishedAt time.Time
+	Resources  *corev1.ResourceRequirements // that it was given since; nil: those of its definition
 }
 
 // container is one in memory. op serialises what changes it; mu guards the fields for readers.
@@ -81,6 +86,8 @@ type container struct {
 	def  definition
 	op   sync.Mutex
 	done chan struct{} // closed once the process has ended and status says how
+
+	ready func(context.Context) error // of ContainerSpec
 
 	mu     sync.Mutex
 	status status
@@ -106,6 +113,7 @@ func (c *container) public() Container {
 		Attempt: c.def.Attempt, Image: c.def.Image, ImageID: c.def.ImageID, State: s.State, PID: s.PID, ExitCode: s.ExitCode,
 		OOMKilled: s.OOMKilled, Reason: s.Reason, Message: s.Message, CreatedAt: c.def.CreatedAt, StartedAt: s.StartedAt,
 		FinishedAt: s.FinishedAt, LogPath: c.def.LogPath, Annotations: maps.Clone(c.def.Annotations), Cgroup: c.def.Cgroup, User: c.def.User,
+		Resources: cmp.Or(s.Resources, c.def.Resources),
 	}
 }
 

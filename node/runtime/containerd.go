@@ -14,6 +14,7 @@ import (
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/cmd/containerd/server"
 	srvconfig "github.com/containerd/containerd/v2/cmd/containerd/server/config"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/log"
 	"github.com/containerd/plugin"
@@ -98,6 +99,9 @@ func embed(ctx context.Context, root, state string) (*server.Server, *client.Cli
 	if err := server.CreateTopLevelDirectories(config); err != nil {
 		return nil, nil, fmt.Errorf("containerd's directories: %w", err)
 	}
+	if err := ownTempMounts(ctx, config.Root); err != nil {
+		return nil, nil, err
+	}
 	var ic *plugin.InitContext
 	set := func(c *plugin.InitContext) { ic = c }
 	srv, err := server.New(context.WithValue(ctx, tapKey{}, set), config)
@@ -169,4 +173,20 @@ func quiet(message string) bool {
 		return true
 	}
 	return false
+}
+
+// ownTempMounts lets containerd mount what it unpacks below its own directory, as its own command does, and removes what
+// a process that was killed meanwhile left there. Otherwise it would stay in /tmp.
+func ownTempMounts(ctx context.Context, root string) error {
+	if err := mount.SetTempMountLocation(filepath.Join(root, "tmpmounts")); err != nil {
+		return fmt.Errorf("containerd's temporary mounts: %w", err)
+	}
+	warnings, err := mount.CleanupTempMounts(0)
+	if err != nil {
+		return fmt.Errorf("containerd's temporary mounts: %w", err)
+	}
+	for _, warning := range warnings {
+		log.G(ctx).WithError(warning).Warn("a temporary mount of before stays")
+	}
+	return nil
 }

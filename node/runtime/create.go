@@ -20,6 +20,8 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"skep.io/skep/node/steps"
 )
 
 // rootLabel keeps containerd's garbage collector off a snapshot, as a lease would, without the two
@@ -47,7 +49,7 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 	}
 	id := hex.EncodeToString(random)
 	s, err := buildSpec(specInput{
-		id: id, spec: spec, image: image.config, users: users, host: r.host, seccom: r.seccompProfile, device: hostDevices,
+		id: id, spec: spec, image: image.config, users: users, host: r.host, seccom: r.seccompProfile, device: hostDevices, lookup: hostDevice,
 	})
 	if err != nil {
 		return "", err
@@ -56,7 +58,7 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 		PodUID: spec.PodUID, PodNamespace: spec.PodNamespace, PodName: spec.PodName, Name: spec.Name, Attempt: spec.Attempt,
 		Image: spec.Image, ImageID: image.public().Digest, CreatedAt: time.Now(), LogPath: spec.LogPath, Annotations: maps.Clone(spec.Annotations),
 		TTY: spec.TTY, Stdin: spec.Stdin, StdinOnce: spec.StdinOnce, StopSignal: image.config.StopSignal,
-		Cgroup: path.Join("/", spec.CgroupParent, id), User: userOf(s.Process.User),
+		Cgroup: path.Join("/", spec.CgroupParent, id), User: userOf(s.Process.User), Resources: spec.Resources.DeepCopy(),
 	}
 	if spec.Sandbox != nil {
 		def.NetNS = spec.Sandbox.NetNS
@@ -64,7 +66,7 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 	if err := r.record(ctx, id, image, s, def); err != nil {
 		return "", fmt.Errorf("create container %s of pod %s/%s: %w", spec.Name, spec.PodNamespace, spec.PodName, err)
 	}
-	c := &container{id: id, def: def, done: make(chan struct{}), status: status{State: Created}}
+	c := &container{id: id, def: def, ready: spec.Ready, done: make(chan struct{}), status: status{State: Created}}
 	r.mu.Lock()
 	r.containers[id] = c
 	r.mu.Unlock()
@@ -107,6 +109,7 @@ func (r *Runtime) record(ctx context.Context, id string, image *imageInfo, s *sp
 			return fmt.Errorf("root file system: %w", err)
 		}
 	}
+	steps.Passed(ctx, "container: root file system prepared")
 	defer func() {
 		if err != nil {
 			_ = sn.Remove(context.WithoutCancel(ctx), id)
@@ -126,6 +129,19 @@ func (r *Runtime) record(ctx context.Context, id string, image *imageInfo, s *sp
 		Extensions:  map[string]typeurl.Any{extensionKey: extension},
 	})
 	return err
+}
+
+// hostDevice describes one device of the host.
+func hostDevice(path string) (*specs.LinuxDevice, error) {
+	d, err := oci.DeviceFromPath(path)
+	if err != nil {
+		return nil, err
+	}
+	if d.FileMode != nil {
+		mode := *d.FileMode &^ unix.S_IFMT
+		d.FileMode = &mode
+	}
+	return d, nil
 }
 
 // hostDevices are all devices of the host, for a privileged container.

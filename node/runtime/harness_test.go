@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -23,6 +24,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
 	"k8s.io/apimachinery/pkg/types"
 
 	"skep.io/skep/node/sandbox"
@@ -68,40 +70,10 @@ func progImage(t testing.TB) v1.Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	for _, f := range []struct {
-		name string
-		mode int64
-		data []byte
-	}{
-		{"prog", 0o755, program},
-		{"etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/prog\nbee:x:1000:1001:Bee:/home/bee:/prog\n")},
-		{"etc/group", 0o644, []byte("root:x:0:\nbee:x:1001:\nhive:x:1500:bee\n")},
-	} {
-		if err := w.WriteHeader(&tar.Header{Name: f.name, Mode: f.mode, Size: int64(len(f.data)), Typeflag: tar.TypeReg}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := w.Write(f.data); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, d := range []string{"proc", "dev", "sys", "tmp", "home/bee"} {
-		if err := w.WriteHeader(&tar.Header{Name: d, Mode: 0o1777, Typeflag: tar.TypeDir}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
-	if err != nil {
-		t.Fatal(err)
-	}
-	img, err := mutate.AppendLayers(empty.Image, l)
-	if err != nil {
-		t.Fatal(err)
-	}
+	img := imageOf(t, executable("prog", string(program)),
+		file("etc/passwd", "root:x:0:0:root:/root:/prog\nbee:x:1000:1001:Bee:/home/bee:/prog\n"),
+		file("etc/group", "root:x:0:\nbee:x:1001:\nhive:x:1500:bee\n"),
+		directory("proc"), directory("dev"), directory("sys"), directory("tmp"), directory("home/bee"))
 	config, err := img.ConfigFile()
 	if err != nil {
 		t.Fatal(err)
@@ -116,6 +88,61 @@ func progImage(t testing.TB) v1.Image {
 	return img
 }
 
+// entry is one of a layer's archive.
+type entry struct {
+	tar.Header
+	data string
+}
+
+func file(name, data string) entry {
+	return entry{tar.Header{Name: name, Mode: 0o644, Typeflag: tar.TypeReg, Size: int64(len(data))}, data}
+}
+
+func executable(name, data string) entry {
+	e := file(name, data)
+	e.Mode = 0o755
+	return e
+}
+
+func directory(name string) entry {
+	return entry{Header: tar.Header{Name: name, Mode: 0o1777, Typeflag: tar.TypeDir}}
+}
+
+func link(name, to string) entry {
+	return entry{Header: tar.Header{Name: name, Linkname: to, Typeflag: tar.TypeSymlink}}
+}
+
+func hardLink(name, to string) entry {
+	return entry{Header: tar.Header{Name: name, Linkname: to, Typeflag: tar.TypeLink}}
+}
+
+// imageOf is an image of one layer.
+func imageOf(t testing.TB, entries ...entry) v1.Image {
+	t.Helper()
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	for _, e := range entries {
+		if err := w.WriteHeader(&e.Header); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, e.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(layer.Bytes())), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := mutate.AppendLayers(empty.Image, l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
 // node is one runtime with sandboxes, in directories of its own.
 type node struct {
 	*Runtime
@@ -123,6 +150,7 @@ type node struct {
 	dir       string
 	sandboxes *sandbox.Sandboxes
 	image     Image
+	disk      string // where a file system of its own is mounted, if one is
 }
 
 func testConfig(dir string) Config {
@@ -227,7 +255,25 @@ func (n *node) close() {
 	if err := sandbox.Cleanup(ctx, filepath.Join(n.dir, "run"), n.cgroupRoot()); err != nil {
 		t.Error(err)
 	}
+	if n.disk != "" {
+		if err := unix.Unmount(n.disk, 0); err != nil {
+			t.Errorf("unmount %s: %v", n.disk, err)
+		}
+	}
 	os.RemoveAll(n.dir)
+}
+
+// smallDisk gives the node so little room for its data.
+func (n *node) smallDisk(mib int) {
+	n.t.Helper()
+	disk := filepath.Join(n.dir, "data")
+	if err := os.Mkdir(disk, 0o700); err != nil {
+		n.t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", disk, "tmpfs", 0, fmt.Sprintf("size=%dm", mib)); err != nil {
+		n.t.Fatal(err)
+	}
+	n.disk = disk
 }
 
 func (n *node) cgroupRoot() string { return "skep-test-" + filepath.Base(n.dir) }
@@ -242,6 +288,7 @@ func (n *node) checkClean() {
 		return nil
 	})
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(n.dir))
+	mounts = slices.DeleteFunc(mounts, func(m *mountinfo.Info) bool { return m.Mountpoint == n.disk })
 	if err != nil || len(mounts) != 0 {
 		t.Errorf("mounts left: %v, %v", mounts, err)
 	}
@@ -298,6 +345,9 @@ func (n *node) spec(pod string, args ...string) ContainerSpec {
 	if err != nil {
 		n.t.Fatal(err)
 	}
+	if err := n.sandboxes.Attached(context.Background(), box.PodUID); err != nil {
+		n.t.Fatal(err)
+	}
 	return n.containerSpec(pod, box, args...)
 }
 
@@ -350,6 +400,9 @@ func readLog(t testing.TB, path, stream string) string {
 	}
 	var text strings.Builder
 	for line := range strings.Lines(string(data)) {
+		if !strings.HasSuffix(line, "\n") {
+			break // it is being written
+		}
 		fields := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
 		if len(fields) != 4 {
 			t.Fatalf("log line %q", line)
@@ -371,7 +424,7 @@ func readLog(t testing.TB, path, stream string) string {
 func eventually(t testing.TB, what string, check func() error) {
 	t.Helper()
 	var err error
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		if err = check(); err == nil {
 			return
 		}

@@ -287,23 +287,12 @@ func (r *Runtime) users(ctx context.Context, info *imageInfo) (userDB, error) {
 	if known != nil {
 		return *known, nil
 	}
-	sn := r.client.SnapshotService(r.snapshotter)
 	key := "users-" + info.id
-	label := map[string]string{rootLabel: "users"}
-	view := func() ([]mount.Mount, error) {
-		_ = sn.Remove(ctx, key)
-		return sn.View(ctx, key, info.chainID, snapshots.WithLabels(label))
-	}
-	mounts, err := view()
-	if errdefs.IsNotFound(err) {
-		if err = r.unpack(ctx, info); err == nil {
-			mounts, err = view()
-		}
-	}
+	mounts, err := r.view(ctx, info, key, snapshots.WithLabels(map[string]string{rootLabel: "users"}))
 	if err != nil {
 		return userDB{}, err
 	}
-	defer func() { _ = sn.Remove(context.WithoutCancel(ctx), key) }()
+	defer func() { _ = r.client.SnapshotService(r.snapshotter).Remove(context.WithoutCancel(ctx), key) }()
 	var db userDB
 	err = mount.WithReadonlyTempMount(ctx, mounts, func(root string) error {
 		passwd, err := readBounded(root, "/etc/passwd")

@@ -60,7 +60,7 @@ func TestPull(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := remote.Write(ref, progImage(t), remote.WithTransport(pushTransport{})); err != nil {
+	if err := remote.Write(ref, progImage(t), remote.WithTransport(pushTransport{http.DefaultTransport})); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := n.Images().Pull(ctx, ref.String(), nil); !errors.Is(err, ErrPull) || !strings.Contains(err.Error(), "authorization failed") {
@@ -86,12 +86,12 @@ func TestPull(t *testing.T) {
 	n.logs(spec, "it|runs\n")
 }
 
-type pushTransport struct{}
+type pushTransport struct{ http.RoundTripper }
 
-func (pushTransport) RoundTrip(r *http.Request) (*http.Response, error) {
+func (p pushTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	r = r.Clone(r.Context())
 	r.Header.Set("X-Test-Push", "yes")
-	return http.DefaultTransport.RoundTrip(r)
+	return p.RoundTripper.RoundTrip(r)
 }
 
 // TestImages: a second import does nothing, a changed archive is imported, a bad one is named, and a removed image is gone.

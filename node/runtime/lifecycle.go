@@ -23,6 +23,7 @@ import (
 
 	"skep.io/skep/node/runtime/crilog"
 	"skep.io/skep/node/runtime/shimio"
+	"skep.io/skep/node/steps"
 )
 
 // Exit codes that Kubernetes' users know: of a container whose process was never there, and of one whose end
@@ -60,6 +61,9 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startLimit)
 	defer cancel()
 	pid, err := r.startTask(ctx, c)
+	if errors.Is(err, ErrNotReady) {
+		return err
+	}
 	if err != nil {
 		message := startMessage(err)
 		now := time.Now()
@@ -101,13 +105,24 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 		}
 		return 0, fmt.Errorf("failed to create containerd task: %w", errgrpc.ToNative(err))
 	}
+	defer func() {
+		if err != nil {
+			end := context.WithoutCancel(ctx)
+			_, _ = tasks.Kill(end, &tasksapi.KillRequest{ContainerID: c.id, Signal: uint32(unix.SIGKILL), All: true})
+			_, _ = tasks.Delete(end, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+		}
+	}()
+	steps.Passed(ctx, "container: task created")
+	if c.ready != nil {
+		if err := c.ready(ctx); err != nil {
+			return 0, fmt.Errorf("%w: %w", ErrNotReady, err)
+		}
+	}
 	started, err := tasks.Start(ctx, &tasksapi.StartRequest{ContainerID: c.id})
 	if err != nil {
-		end := context.WithoutCancel(ctx)
-		_, _ = tasks.Kill(end, &tasksapi.KillRequest{ContainerID: c.id, Signal: uint32(unix.SIGKILL), All: true})
-		_, _ = tasks.Delete(end, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
 		return 0, fmt.Errorf("failed to start containerd task %q: %w", c.id, errgrpc.ToNative(err))
 	}
+	steps.Passed(ctx, "container: task started")
 	return started.Pid, nil
 }
 
@@ -193,6 +208,7 @@ func (r *Runtime) Stop(ctx context.Context, id string, grace time.Duration) erro
 		if err := r.kill(ctx, c, sig, false); err != nil {
 			return err
 		}
+		steps.Passed(ctx, "container: told to end")
 		if ended, err := c.wait(ctx, grace); ended || err != nil {
 			return err
 		}
@@ -256,6 +272,7 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 	if err := r.erase(ctx, id); err != nil {
 		return fmt.Errorf("remove container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, err)
 	}
+	steps.Passed(ctx, "container: status gone")
 	if c.def.LogPath != "" {
 		for _, f := range append(crilog.Rotated(c.def.LogPath), c.def.LogPath) {
 			if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -274,9 +291,11 @@ func (r *Runtime) erase(ctx context.Context, id string) error {
 	if err := r.client.ContainerService().Delete(ctx, id); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
+	steps.Passed(ctx, "container: record gone")
 	if err := r.client.SnapshotService(r.snapshotter).Remove(ctx, id); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
+	steps.Passed(ctx, "container: root file system gone")
 	if len(id) >= 32 {
 		// Left only by a shim that was killed.
 		if err := os.Remove(r.attachSocket(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -284,6 +303,18 @@ func (r *Runtime) erase(ctx context.Context, id string) error {
 		}
 	}
 	return r.removeStatus(id)
+}
+
+// DiskUsage is what a container has written to its root file system, in bytes and files; zero for one that is gone.
+func (r *Runtime) DiskUsage(ctx context.Context, id string) (bytes, inodes int64, err error) {
+	u, err := r.client.SnapshotService(r.snapshotter).Usage(r.in(ctx), id)
+	if errdefs.IsNotFound(err) {
+		return 0, 0, nil
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("disk usage of container %s: %w", id, err)
+	}
+	return u.Size, u.Inodes, nil
 }
 
 // List implements Containers.

@@ -6,14 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"time"
 
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/remotes"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
 )
 
 const (
@@ -21,7 +19,8 @@ const (
 	progressInterval = time.Second
 )
 
-// Pull fetches and unpacks an image. Credentials are tried in turn; with none, the pull is anonymous.
+// Pull fetches and unpacks an image. Credentials are tried in turn; with none, the pull is anonymous. What does not fit
+// would not with others either.
 func (s ImageStore) Pull(ctx context.Context, ref string, auths []Auth) (Image, error) {
 	name, err := Normalize(ref)
 	if err != nil {
@@ -37,7 +36,7 @@ func (s ImageStore) Pull(ctx context.Context, ref string, auths []Auth) (Image, 
 			return img, nil
 		}
 		errs = append(errs, err)
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || errors.Is(err, errNoRoom) {
 			break
 		}
 	}
@@ -46,39 +45,29 @@ func (s ImageStore) Pull(ctx context.Context, ref string, auths []Auth) (Image, 
 
 func (s ImageStore) pull(ctx context.Context, name string, auth Auth) (Image, error) {
 	r := s.r
+	named, err := reference.ParseNormalizedNamed(name)
+	if err != nil {
+		return Image{}, err
+	}
 	stop := r.reportProgress(ctx, name)
 	defer stop()
+	ctx, release := withinRoom(ctx, r.cfg.DataDir)
+	defer release()
 	i, err := r.client.Pull(ctx, name,
-		client.WithResolver(resolver(auth)),
+		client.WithResolver(resolver(ctx, r.cfg.RegistryConfigDir, named, auth)),
 		client.WithPlatformMatcher(platforms.Default()),
 		client.WithPullUnpack,
 		client.WithPullSnapshotter(r.snapshotter),
 		client.WithMaxConcurrentDownloads(parallelLayers),
 	)
 	if err != nil {
-		return Image{}, err
+		return Image{}, noRoom(ctx, r.cfg.DataDir, err)
 	}
 	info, err := r.addImage(ctx, i.Metadata())
 	if err != nil {
 		return Image{}, err
 	}
 	return info.public(), nil
-}
-
-// resolver speaks to registries; those on loopback without TLS.
-func resolver(auth Auth) remotes.Resolver {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.ResponseHeaderTimeout = time.Minute
-	c := &http.Client{Transport: transport}
-	authorizer := docker.NewDockerAuthorizer(docker.WithAuthClient(c), docker.WithAuthCreds(func(string) (string, string, error) {
-		if auth.IdentityToken != "" {
-			return "", auth.IdentityToken, nil
-		}
-		return auth.Username, auth.Password, nil
-	}))
-	return docker.NewResolver(docker.ResolverOptions{
-		Hosts: docker.ConfigureDefaultRegistries(docker.WithClient(c), docker.WithPlainHTTP(docker.MatchLocalhost), docker.WithAuthorizer(authorizer)),
-	})
 }
 
 // reportProgress tells cfg.PullProgress what is being written while a pull runs. The store has no events for that.

@@ -3,11 +3,18 @@
 package runtime
 
 import (
+	"context"
+	"fmt"
 	"strings"
 
+	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
+
+	"skep.io/skep/node/sandbox/cgroup"
 )
 
 const (
@@ -79,4 +86,35 @@ func pageSize(bytes int64) string {
 		i++
 	}
 	return resource.NewQuantity(bytes, resource.DecimalSI).String() + units[i]
+}
+
+// Update implements Containers. The kernel would end processes of a container whose limit falls below what it uses: that
+// is refused.
+func (r *Runtime) Update(ctx context.Context, id string, wanted corev1.ResourceRequirements) error {
+	ctx = r.in(ctx)
+	c, err := r.find(id)
+	if err != nil {
+		return err
+	}
+	c.op.Lock()
+	defer c.op.Unlock()
+	s := c.state()
+	if s.State != Running {
+		return fmt.Errorf("container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, ErrNotRunning)
+	}
+	if err := cgroup.CheckMemory(c.def.Cgroup, wanted.Limits.Memory().Value()); err != nil {
+		return fmt.Errorf("container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, err)
+	}
+	out := resources(wanted, r.host)
+	out.HugepageLimits = nil // they do not change
+	encoded, err := typeurl.MarshalAnyToProto(out)
+	if err != nil {
+		return err
+	}
+	if _, err := r.client.TaskService().Update(ctx, &tasksapi.UpdateTaskRequest{ContainerID: id, Resources: encoded}); err != nil {
+		return fmt.Errorf("resources of container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, errgrpc.ToNative(err))
+	}
+	s.Resources = wanted.DeepCopy()
+	r.save(c, s)
+	return nil
 }

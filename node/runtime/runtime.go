@@ -42,6 +42,8 @@ var (
 	// ErrStart wraps what runc said when a container's process could not be started: the command
 	// does not exist, the user is unknown, a mount failed.
 	ErrStart = errors.New("container cannot be started")
+	// ErrNotReady wraps the error of a ContainerSpec's Ready. The container is still there, never started.
+	ErrNotReady = errors.New("container must not start")
 )
 
 // Config of a Runtime.
@@ -52,6 +54,7 @@ type Config struct {
 	RuncPath          string // empty: runc of $PATH
 	ContainerdAddress string // socket of the host's containerd; empty: embedded
 	SeccompDir        string // profiles of type Localhost
+	RegistryConfigDir string // mirrors and certificates of registries, in containerd's layout; empty: none
 	LogSize           int64  // bytes after which a container's log is rotated; 0: 10 MiB
 	LogFiles          int    // log files kept a container; 0: 5
 	// PullProgress, when set, hears about running pulls, bytes done and known so far.

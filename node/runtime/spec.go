@@ -27,6 +27,7 @@ type specInput struct {
 	users  userDB // of the image's root file system
 	host   hostFacts
 	seccom func(spec *specs.Spec, profile *corev1.SeccompProfile) (*specs.LinuxSeccomp, error)
+	lookup func(path string) (*specs.LinuxDevice, error)                  // of a device of the host
 	device func() ([]specs.LinuxDevice, []specs.LinuxDeviceCgroup, error) // of the host, for privileged containers
 }
 
@@ -91,7 +92,28 @@ func buildSpec(in specInput) (*specs.Spec, error) {
 			}
 		}
 	}
-	return s, nil
+	return s, addDevices(s, c.Devices, in.lookup)
+}
+
+// addDevices lets the container use devices of the host. They come last: the rule that counts is the last that fits.
+func addDevices(s *specs.Spec, devices []Device, lookup func(path string) (*specs.LinuxDevice, error)) error {
+	for _, d := range devices {
+		dev, err := lookup(d.HostPath)
+		if err != nil {
+			return fmt.Errorf("device %s: %w", d.HostPath, err)
+		}
+		if dev.Type != "b" {
+			return fmt.Errorf("device %s is not a block device", d.HostPath)
+		}
+		access := "rwm"
+		if d.ReadOnly {
+			access = "r"
+		}
+		dev.Path = d.ContainerPath
+		s.Linux.Devices = append(s.Linux.Devices, *dev)
+		s.Linux.Resources.Devices = append(s.Linux.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: dev.Type, Major: &dev.Major, Minor: &dev.Minor, Access: access})
+	}
+	return nil
 }
 
 // arguments follows Kubernetes' table: a command replaces entrypoint and arguments of the image.

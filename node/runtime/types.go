@@ -25,6 +25,13 @@ type Mount struct {
 	Propagation corev1.MountPropagationMode
 }
 
+// Device is a block device of the host that a container may use.
+type Device struct {
+	HostPath      string
+	ContainerPath string
+	ReadOnly      bool
+}
+
 // ContainerSpec is everything that makes one container: variables are expanded, volumes exist.
 type ContainerSpec struct {
 	PodUID       types.UID
@@ -39,6 +46,7 @@ type ContainerSpec struct {
 	WorkingDir   string
 	Env          []string // KEY=VALUE, in order; overrides the image's
 	Mounts       []Mount
+	Devices      []Device
 	Sandbox      *sandbox.Sandbox
 	HostPID      bool
 	TargetPID    uint32 // share the PID namespace of this process; 0 for an own one
@@ -53,6 +61,9 @@ type ContainerSpec struct {
 	StdinOnce    bool
 	LogPath      string            // CRI log file
 	Annotations  map[string]string // stored with the container and given back by List
+	// Ready is waited for between the creation of the container's process and its start: for what it must not run
+	// without, but can be made without. Nil: nothing.
+	Ready func(ctx context.Context) error
 }
 
 // PauseName is the name of the container that holds the PID namespace which the containers of a pod share. A container
@@ -92,7 +103,9 @@ type Container struct {
 	LogPath      string
 	Annotations  map[string]string
 	Cgroup       string // relative to each hierarchy's root
-	User         *User  // who its first process began as; nil where an earlier agent did not note it
+	// Resources are what it was made with, or was resized to since; nil where an earlier agent did not note them.
+	Resources *corev1.ResourceRequirements
+	User      *User // who its first process began as; nil where an earlier agent did not note it
 }
 
 // User is a process's identity.
@@ -119,10 +132,13 @@ type Auth struct {
 // Containers is what the pod workers need of the runtime.
 type Containers interface {
 	Create(ctx context.Context, spec ContainerSpec) (id string, err error)
+	// Start runs the container's process once its Ready lets it. Errors: ErrNotReady, ErrStart.
 	Start(ctx context.Context, id string) error
 	// Stop sends the stop signal, waits for grace, then kills. It returns when the process is gone.
 	Stop(ctx context.Context, id string, grace time.Duration) error
 	Remove(ctx context.Context, id string) error
+	// Update has a running container use other amounts of processor and memory from now on. Errors: cgroup.ErrInUse, ErrNotRunning.
+	Update(ctx context.Context, id string, resources corev1.ResourceRequirements) error
 	// List reports every container of every pod, running or not.
 	List(ctx context.Context) ([]Container, error)
 	// ListPod is List for one pod.
@@ -139,6 +155,10 @@ type Images interface {
 	List(ctx context.Context) ([]Image, error)
 	// Remove removes an image with all its names. Containers that were made of it keep their layers.
 	Remove(ctx context.Context, id string) error
+	// Mount mounts an image's files read-only at dir, as a volume of a pod. Errors: ErrImageNotFound.
+	Mount(ctx context.Context, imageID string, pod types.UID, volume, dir string) error
+	// Release gives up what Mount has kept for the volumes of a pod, once they are unmounted.
+	Release(ctx context.Context, pod types.UID) error
 	// ImportDir imports image archives (OCI or docker tar) that lie in dir.
 	ImportDir(ctx context.Context, dir string) ([]Image, error)
 }

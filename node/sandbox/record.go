@@ -24,6 +24,9 @@ type record struct {
 	CgroupParent string
 	Created      time.Time
 	Complete     bool // everything was made and attached
+
+	attached  chan struct{} // closed when the attachment is done or has failed; nil if an earlier process did it
+	attachErr error         // valid then
 }
 
 // endpoint of a record, with the parts that JSON keeps as text.

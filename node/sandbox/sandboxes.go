@@ -22,6 +22,7 @@ import (
 	"skep.io/skep/dataplane"
 	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/node/sandbox/cgroup"
+	"skep.io/skep/node/steps"
 )
 
 // Errors of Create.
@@ -94,7 +95,9 @@ func (s *Sandboxes) lockPod(uid types.UID) (unlock func()) {
 	}
 }
 
-// Create makes a pod's sandbox, or returns the one it has. After an error nothing is left of it.
+// Create makes a pod's sandbox, or returns the one it has. After an error nothing is left of it. The data plane takes
+// the pod meanwhile, for which the kernel waits two RCU grace periods (tcx: some 20 ms): nothing of the pod may run
+// before Attached says so.
 func (s *Sandboxes) Create(ctx context.Context, spec Spec) (*Sandbox, error) {
 	if spec.PodUID == "" || strings.ContainsAny(string(spec.PodUID), "/\x00") {
 		return nil, fmt.Errorf("pod %s/%s: %q is not a uid", spec.Namespace, spec.Name, spec.PodUID)
@@ -107,13 +110,71 @@ func (s *Sandboxes) Create(ctx context.Context, spec Spec) (*Sandbox, error) {
 	if err := s.adopt(ctx); err != nil {
 		return nil, err
 	}
-	defer s.lockPod(spec.PodUID)()
+	unlock := s.lockPod(spec.PodUID)
+	r, err := s.create(ctx, spec)
+	if err != nil || r.Complete {
+		defer unlock()
+		if err != nil {
+			return nil, err
+		}
+		return r.Sandbox.copy(), nil
+	}
+	box := r.Sandbox.copy()
+	ctx = context.WithoutCancel(ctx) // begun is finished
+	go func() {
+		defer unlock()
+		defer close(r.attached)
+		if r.attachErr = s.attach(ctx, r); r.attachErr != nil {
+			s.discard(ctx, r)
+		}
+	}()
+	return box, nil
+}
+
+// Attached waits until the pod's sandbox is attached to the data plane. After an error nothing is left of the sandbox.
+func (s *Sandboxes) Attached(ctx context.Context, uid types.UID) error {
+	s.mu.Lock()
+	r := s.records[uid]
+	s.mu.Unlock()
+	if r == nil {
+		return fmt.Errorf("pod %s has no sandbox", uid)
+	}
+	if r.attached == nil {
+		return nil
+	}
+	select {
+	case <-r.attached:
+		return r.attachErr
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// Limit bounds the cgroup of a pod anew. Errors: cgroup.ErrInUse.
+func (s *Sandboxes) Limit(_ context.Context, uid types.UID, limits cgroup.Limits) error {
+	s.mu.Lock()
+	r := s.records[uid]
+	s.mu.Unlock()
+	if r == nil {
+		return fmt.Errorf("pod %s has no sandbox", uid)
+	}
+	if r.CgroupParent == "" {
+		return nil
+	}
+	if err := cgroup.CheckMemory(r.CgroupParent, limits.MemoryBytes); err != nil {
+		return fmt.Errorf("pod %s/%s: %w", r.Sandbox.Namespace, r.Sandbox.Name, err)
+	}
+	return cgroup.Set(r.CgroupParent, limits)
+}
+
+// create returns a record that is complete, or one that is all but attached.
+func (s *Sandboxes) create(ctx context.Context, spec Spec) (*record, error) {
 	s.mu.Lock()
 	have := s.records[spec.PodUID]
 	s.mu.Unlock()
 	if have != nil {
 		if have.Complete {
-			return have.Sandbox.copy(), nil
+			return have, nil
 		}
 		if err := s.remove(ctx, have); err != nil {
 			return nil, fmt.Errorf("pod %s/%s: what is left of its sandbox: %w", spec.Namespace, spec.Name, err)
@@ -122,20 +183,26 @@ func (s *Sandboxes) Create(ctx context.Context, spec Spec) (*Sandbox, error) {
 	r, err := s.build(ctx, spec)
 	if err != nil {
 		if r != nil {
-			if rerr := s.remove(context.WithoutCancel(ctx), r); rerr != nil {
-				s.cfg.Log.Error("sandbox is left over", "namespace", spec.Namespace, "pod", spec.Name, "error", rerr)
-			}
+			s.discard(context.WithoutCancel(ctx), r)
 		}
 		return nil, fmt.Errorf("sandbox of pod %s/%s: %w", spec.Namespace, spec.Name, err)
 	}
-	return r.Sandbox.copy(), nil
+	return r, nil
 }
 
-// build acts; with an error it returns the record of what was begun.
+// discard removes what could not be completed.
+func (s *Sandboxes) discard(ctx context.Context, r *record) {
+	if err := s.remove(ctx, r); err != nil {
+		s.cfg.Log.Error("sandbox is left over", "namespace", r.Sandbox.Namespace, "pod", r.Sandbox.Name, "error", err)
+	}
+}
+
+// build acts; with an error it returns the record of what was begun, otherwise one that is all but attached.
 func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 	r := &record{
 		Sandbox:     Sandbox{PodUID: spec.PodUID, Namespace: spec.Namespace, Name: spec.Name},
 		HostNetwork: spec.HostNetwork, CgroupParent: spec.CgroupParent, Created: time.Now(),
+		attached: make(chan struct{}),
 	}
 	dir := s.nsDir(spec.PodUID)
 	var want []string
@@ -157,6 +224,7 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 	if err := s.writeRecord(r); err != nil {
 		return r, err
 	}
+	steps.Passed(ctx, "sandbox: recorded")
 	if spec.CgroupParent != "" {
 		if err := cgroup.Create(spec.CgroupParent); err != nil {
 			return r, err
@@ -165,6 +233,7 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 			return r, err
 		}
 	}
+	steps.Passed(ctx, "sandbox: cgroup made")
 	if len(want) > 0 {
 		err := makeNamespaces(dir, want, func() error {
 			if !spec.HostNetwork {
@@ -182,6 +251,7 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 			return r, err
 		}
 	}
+	steps.Passed(ctx, "sandbox: namespaces pinned")
 	if r.Sandbox.ShmPath != "" {
 		if err := makeShm(r.Sandbox.ShmPath); err != nil {
 			return r, err
@@ -191,21 +261,29 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 		if err := plug(r, s.cfg.MTU); err != nil {
 			return r, err
 		}
-		if s.cfg.Network != nil {
-			if err := s.cfg.Network.AttachEndpoint(ctx, r.Sandbox.Endpoint); err != nil {
-				return r, fmt.Errorf("attach to the data plane: %w", err)
-			}
+	}
+	steps.Passed(ctx, "sandbox: plugged in")
+	return r, nil
+}
+
+// attach completes what build made.
+func (s *Sandboxes) attach(ctx context.Context, r *record) error {
+	if r.HostLink != "" && s.cfg.Network != nil {
+		if err := s.cfg.Network.AttachEndpoint(ctx, r.Sandbox.Endpoint); err != nil {
+			return fmt.Errorf("attach to the data plane: %w", err)
 		}
 	}
+	steps.Passed(ctx, "sandbox: attached")
 	done := *r
 	done.Complete = true
 	if err := s.writeRecord(&done); err != nil {
-		return r, err
+		return err
 	}
+	steps.Passed(ctx, "sandbox: complete")
 	s.mu.Lock()
 	r.Complete = true
 	s.mu.Unlock()
-	return r, nil
+	return nil
 }
 
 // configure runs on the thread that has just entered the pod's new namespaces.
@@ -320,14 +398,17 @@ func (s *Sandboxes) remove(ctx context.Context, r *record) error {
 			return err
 		}
 	}
+	steps.Passed(ctx, "sandbox: unplugged")
 	if err := unpin(s.nsDir(uid)); err != nil {
 		return err
 	}
+	steps.Passed(ctx, "sandbox: namespaces gone")
 	if r.CgroupParent != "" {
 		if err := cgroup.Remove(ctx, r.CgroupParent); err != nil {
 			return err
 		}
 	}
+	steps.Passed(ctx, "sandbox: cgroup gone")
 	s.mu.Lock()
 	s.release(r.Sandbox.Addrs)
 	delete(s.records, uid)

@@ -178,6 +178,9 @@ func TestPodsReachOneAnotherAndAreAdopted(t *testing.T) {
 		if len(p.Addrs) != 2 || !p.Addrs[0].Is4() || p.Endpoint.Ifindex == 0 {
 			t.Fatalf("sandbox %+v", p)
 		}
+		if err := s.Attached(ctx, p.PodUID); err != nil {
+			t.Fatal(err)
+		}
 		pods = append(pods, p)
 	}
 	again, err := s.Create(ctx, spec("a"))
@@ -244,8 +247,12 @@ func TestFailureLeavesNothing(t *testing.T) {
 	ctx, dir := context.Background(), t.TempDir()
 	network := &fakeNetwork{fail: errors.New("verifier says no")}
 	s := open(t, dir, network)
-	if _, err := s.Create(ctx, spec("a")); err == nil || !strings.Contains(err.Error(), "verifier says no") {
-		t.Fatalf("Create: %v", err)
+	refused, err := s.Create(ctx, spec("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Attached(ctx, refused.PodUID); err == nil || !strings.Contains(err.Error(), "verifier says no") {
+		t.Fatalf("Attached: %v", err)
 	}
 	bad := spec("b")
 	bad.Sysctls = map[string]string{"net.ipv4.tcp_nonsense": "1"}
@@ -279,6 +286,9 @@ func TestHostNetwork(t *testing.T) {
 	}
 	if p.NetNS != "" || p.UTSNS != "" || p.IPCNS == "" || len(p.Addrs) != 0 {
 		t.Errorf("sandbox %+v", p)
+	}
+	if err := s.Attached(ctx, p.PodUID); err != nil {
+		t.Fatal(err)
 	}
 	if list, err := open(t, dir, nil).List(ctx); err != nil || len(list) != 1 {
 		t.Errorf("adopted %v, %v", list, err)

@@ -8,12 +8,16 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/component-helpers/storage/ephemeral"
+	podutil "k8s.io/kubernetes/pkg/api/v1/pod"
+
+	"skep.io/skep/node/csi"
 )
 
 // claimName names the claim behind a volume; empty for a volume without.
@@ -27,92 +31,143 @@ func claimName(pod *corev1.Pod, vol *corev1.Volume) string {
 	return ""
 }
 
-// mountClaim binds the volume of a claim to dir, unless that is done. What it says when it cannot is kubelet's.
+// mountClaim binds the volume of a claim to dir, unless that is done; a claim of a block device becomes a link to it. What
+// it says when it cannot is kubelet's.
 func (v *Volumes) mountClaim(ctx context.Context, pod *corev1.Pod, vol *corev1.Volume, dir string) error {
-	if done, err := mountinfo.Mounted(dir); err == nil && done {
+	link := v.deviceLink(pod.UID, vol)
+	if _, err := os.Lstat(link); err == nil {
 		return nil
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	}
+	if done, err := v.claimMounted(pod.UID, vol); err != nil || done {
 		return err
 	}
-	source, owned, err := v.claimed(ctx, pod, vol)
+	source, err := v.claimed(ctx, pod, vol)
 	if err != nil {
 		return fmt.Errorf("error processing PVC %s/%s: %w", pod.Namespace, claimName(pod, vol), err)
+	}
+	if source.csi != nil {
+		return v.publish(ctx, pod, vol, source)
+	}
+	if source.block {
+		if err := os.MkdirAll(filepath.Dir(link), 0o750); err != nil {
+			return err
+		}
+		return os.Symlink(source.path, link)
 	}
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return err
 	}
-	if err := unix.Mount(source, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("bind %s to %s: %w", source, dir, err)
+	if err := unix.Mount(source.path, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("bind %s to %s: %w", source.path, dir, err)
 	}
-	readOnly := vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly
-	if group := fsGroup(pod); group != nil && owned && !readOnly {
+	if group := fsGroup(pod); group != nil && source.owned && !readOnly(vol) {
 		if err := giveTo(dir, int(*group), pod.Spec.SecurityContext.FSGroupChangePolicy); err != nil {
 			// Undone, so that the next attempt does all of it.
-			return errors.Join(fmt.Errorf("give %s to group %d: %w", source, *group, err), unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH))
+			return errors.Join(fmt.Errorf("give %s to group %d: %w", source.path, *group, err), unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH))
 		}
 	}
 	return nil
 }
 
-// claimed finds the directory of a claim's volume. owned says whether its files may be given to a pod's fsGroup: as with
-// kubelet, those of local volumes may, those that are the host's may not.
-func (v *Volumes) claimed(ctx context.Context, pod *corev1.Pod, vol *corev1.Volume) (source string, owned bool, err error) {
+func readOnly(vol *corev1.Volume) bool {
+	return vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly
+}
+
+// source is what is behind a claim.
+type source struct {
+	path string
+	// owned: its files may be given to a pod's fsGroup. As with kubelet, those of local volumes may, the host's may not.
+	owned bool
+	block bool        // a device, not a directory
+	csi   *csi.Volume // a driver's; nil for a path
+}
+
+// claimed finds what is behind a claim.
+func (v *Volumes) claimed(ctx context.Context, pod *corev1.Pod, vol *corev1.Volume) (source, error) {
 	core := v.cfg.Client.CoreV1()
 	var claim *corev1.PersistentVolumeClaim
 	if err := soon(ctx, func() (err error) {
 		claim, err = core.PersistentVolumeClaims(pod.Namespace).Get(ctx, claimName(pod, vol), metav1.GetOptions{})
 		return err
 	}); err != nil {
-		return "", false, fmt.Errorf("failed to fetch PVC from API server: %w", err)
+		return source{}, fmt.Errorf("failed to fetch PVC from API server: %w", err)
 	}
 	if vol.Ephemeral != nil {
 		if err := ephemeral.VolumeIsForPod(pod, claim); err != nil {
-			return "", false, err
+			return source{}, err
 		}
 	}
 	switch {
 	case claim.DeletionTimestamp != nil:
-		return "", false, errors.New("PVC is being deleted")
+		return source{}, errors.New("PVC is being deleted")
 	case claim.Status.Phase != corev1.ClaimBound || claim.Spec.VolumeName == "":
-		return "", false, errors.New("PVC is not bound")
+		return source{}, errors.New("PVC is not bound")
 	}
 	var volume *corev1.PersistentVolume
 	if err := soon(ctx, func() (err error) {
 		volume, err = core.PersistentVolumes().Get(ctx, claim.Spec.VolumeName, metav1.GetOptions{})
 		return err
 	}); err != nil {
-		return "", false, fmt.Errorf("failed to get PV %s from API server: %w", claim.Spec.VolumeName, err)
+		return source{}, fmt.Errorf("failed to get PV %s from API server: %w", claim.Spec.VolumeName, err)
 	}
-	switch ref := volume.Spec.ClaimRef; {
-	case ref == nil || ref.UID != claim.UID:
-		return "", false, fmt.Errorf("PV %s is not bound to this PVC", volume.Name)
-	case volume.Spec.VolumeMode != nil && *volume.Spec.VolumeMode == corev1.PersistentVolumeBlock:
-		return "", false, fmt.Errorf("PV %s is a block device: %w", volume.Name, ErrUnsupported)
+	if ref := volume.Spec.ClaimRef; ref == nil || ref.UID != claim.UID {
+		return source{}, fmt.Errorf("PV %s is not bound to this PVC", volume.Name)
+	}
+	block := volume.Spec.VolumeMode != nil && *volume.Spec.VolumeMode == corev1.PersistentVolumeBlock
+	if err := usedAs(pod, vol, block); err != nil {
+		return source{}, err
 	}
 	switch s := volume.Spec.PersistentVolumeSource; {
+	case s.CSI != nil && !block:
+		return v.csiSource(ctx, pod, volume)
 	case s.Local != nil:
-		st, err := os.Stat(s.Local.Path)
-		if errors.Is(err, fs.ErrNotExist) {
-			return "", false, fmt.Errorf("path %q does not exist", s.Local.Path)
-		}
-		if err != nil {
-			return "", false, err
-		}
-		if !st.IsDir() {
-			return "", false, fmt.Errorf("path %q is not a directory: %w", s.Local.Path, ErrUnsupported)
-		}
-		return s.Local.Path, true, nil
-	case s.HostPath != nil:
+		return localSource(s.Local.Path, block)
+	case s.HostPath != nil && !block:
 		if err := hostPath(s.HostPath); err != nil {
-			return "", false, err
+			return source{}, err
 		}
 		st, err := os.Stat(s.HostPath.Path)
 		if err == nil && !st.IsDir() {
 			err = fmt.Errorf("path %q is not a directory: %w", s.HostPath.Path, ErrUnsupported)
 		}
-		return s.HostPath.Path, false, err
+		return source{path: s.HostPath.Path}, err
 	}
-	return "", false, fmt.Errorf("PV %s: %w", volume.Name, ErrUnsupported)
+	return source{}, fmt.Errorf("PV %s: %w", volume.Name, ErrUnsupported)
+}
+
+// localSource is what a local volume names, which must be of the volume's mode.
+func localSource(path string, block bool) (source, error) {
+	st, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return source{}, fmt.Errorf("path %q does not exist", path)
+	case err != nil:
+		return source{}, err
+	case block && st.Mode()&fs.ModeType != fs.ModeDevice:
+		return source{}, fmt.Errorf("path %q is not a block device, which the volume's mode Block asks for", path)
+	case !block && !st.IsDir():
+		return source{}, fmt.Errorf("path %q is not a directory: %w", path, ErrUnsupported)
+	}
+	if block {
+		if path, err = filepath.EvalSymlinks(path); err != nil { // disks are best named by links
+			return source{}, err
+		}
+	}
+	return source{path: path, owned: !block, block: block}, nil
+}
+
+// usedAs refuses a device that a container mounts, and a file system that one uses as a device (kubelet:
+// desired_state_of_world_populator.go).
+func usedAs(pod *corev1.Pod, vol *corev1.Volume, block bool) error {
+	for c := range podutil.ContainerIter(&pod.Spec, podutil.AllContainers) {
+		if block && slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.Name == vol.Name }) {
+			return fmt.Errorf("volume %s has volumeMode Block, but is specified in volumeMounts", vol.Name)
+		}
+		if !block && slices.ContainsFunc(c.VolumeDevices, func(d corev1.VolumeDevice) bool { return d.Name == vol.Name }) {
+			return fmt.Errorf("volume %s has volumeMode Filesystem, but is specified in volumeDevices", vol.Name)
+		}
+	}
+	return nil
 }
 
 // giveTo lets a group read and write all that is in dir, and owns by it what will be made there (kubelet:

@@ -20,7 +20,7 @@ func (v *Volumes) ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand f
 	var out []Mount
 	for i := range c.VolumeMounts {
 		m := &c.VolumeMounts[i]
-		vol := volumeOf(pod, m.Name)
+		vol := Of(pod, m.Name)
 		if vol == nil {
 			return nil, fmt.Errorf("container %s mounts volume %q, which pod %s/%s does not have", c.Name, m.Name, pod.Namespace, pod.Name)
 		}
@@ -41,7 +41,7 @@ func (v *Volumes) ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand f
 		out = append(out, Mount{
 			HostPath: host, ContainerPath: containerPath(m.MountPath), Propagation: propagation(m),
 			// What shows objects is never writable: an update would throw the writes away.
-			ReadOnly: m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil ||
+			ReadOnly: m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil || vol.Image != nil ||
 				vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly,
 			Recursive: Recursive(m),
 		})
@@ -69,7 +69,8 @@ func propagation(m *corev1.VolumeMount) corev1.MountPropagationMode {
 	return corev1.MountPropagationNone
 }
 
-func volumeOf(pod *corev1.Pod, name string) *corev1.Volume {
+// Of finds a volume of a pod by name; nil if there is none.
+func Of(pod *corev1.Pod, name string) *corev1.Volume {
 	for i := range pod.Spec.Volumes {
 		if pod.Spec.Volumes[i].Name == name {
 			return &pod.Spec.Volumes[i]
@@ -128,15 +129,7 @@ func openBeneath(root, sub string) (int, error) {
 	}
 	defer func() { _ = unix.Close(dir) }()
 	how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_MAGICLINKS}
-	open := func(p string) (int, error) {
-		for {
-			fd, err := unix.Openat2(dir, p, how)
-			if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
-				continue // a rename raced with the look-up (openat2(2))
-			}
-			return fd, err
-		}
-	}
+	open := func(p string) (int, error) { return openat2(dir, p, how) }
 	fd, err := open(sub)
 	if err == nil {
 		return fd, nil
@@ -165,6 +158,17 @@ func openBeneath(root, sub string) (int, error) {
 		return -1, fmt.Errorf("subPath %q: %w", sub, err)
 	}
 	return fd, nil
+}
+
+// openat2 tries again when a rename has raced with the look-up (openat2(2)).
+func openat2(dir int, path string, how *unix.OpenHow) (int, error) {
+	for {
+		fd, err := unix.Openat2(dir, path, how)
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return fd, err
+	}
 }
 
 // makeDir makes a directory with just that mode, whatever the umask, unless it is there. The mode is set on what was

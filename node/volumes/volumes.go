@@ -8,6 +8,8 @@
 //
 //	pods/UID/volumes/kubernetes.io~KIND/NAME
 //	pods/UID/volume-subpaths/NAME/CONTAINER/INDEX
+//	pods/UID/volumeDevices/kubernetes.io~KIND/NAME
+//	plugins/kubernetes.io/csi/DRIVER/HASH/globalmount
 package volumes
 
 import (
@@ -24,6 +26,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/utils/keymutex"
+
+	"skep.io/skep/node/steps"
 )
 
 // ErrUnsupported is for kinds of volumes that this node cannot mount.
@@ -36,7 +41,17 @@ type Config struct {
 	Objects     *Objects
 	NodeIPs     []string
 	Allocatable corev1.ResourceList
+	Images      Images
+	Drivers     Drivers
 	Log         *slog.Logger
+}
+
+// Images makes volumes of images. runtime.ImageStore implements it.
+type Images interface {
+	// Mount mounts an image's files read-only at dir, which it makes.
+	Mount(ctx context.Context, imageID string, pod types.UID, volume, dir string) error
+	// Release gives up what Mount has kept for the volumes of a pod, once they are unmounted.
+	Release(ctx context.Context, pod types.UID) error
 }
 
 // Volumes of this node's pods.
@@ -45,6 +60,8 @@ type Volumes struct {
 
 	mu     sync.Mutex
 	tokens map[tokenKey]*token
+
+	handles keymutex.KeyMutex // of drivers' volumes
 }
 
 // Mount is a place on the host that a container sees.
@@ -69,8 +86,11 @@ func New(cfg Config) (*Volumes, error) {
 	if cfg.Dir, err = filepath.Abs(dir); err != nil {
 		return nil, fmt.Errorf("directory of pods: %w", err)
 	}
-	return &Volumes{cfg: cfg, tokens: map[tokenKey]*token{}}, nil
+	return &Volumes{cfg: cfg, tokens: map[tokenKey]*token{}, handles: keymutex.NewHashed(0)}, nil
 }
+
+// imageKind is the directory of volumes that show an image.
+const imageKind = "kubernetes.io~image"
 
 // kind names the plugin directory of a volume, as kubelet does; empty for a kind that is not supported.
 func kind(v *corev1.Volume) string {
@@ -87,6 +107,8 @@ func kind(v *corev1.Volume) string {
 		return "kubernetes.io~downward-api"
 	case v.Projected != nil:
 		return "kubernetes.io~projected"
+	case v.Image != nil:
+		return imageKind
 	case v.PersistentVolumeClaim != nil, v.Ephemeral != nil:
 		return "kubernetes.io~local-volume"
 	default:
@@ -101,7 +123,26 @@ func (v *Volumes) path(uid types.UID, vol *corev1.Volume) string {
 	if vol.HostPath != nil {
 		return vol.HostPath.Path
 	}
+	if vol.PersistentVolumeClaim != nil || vol.Ephemeral != nil {
+		return claimDir(v.podDir(uid), vol)
+	}
 	return filepath.Join(v.podDir(uid), "volumes", kind(vol), vol.Name)
+}
+
+// OwnFiles is where the files of a volume are that belong to a pod and go with it, below the directory of all pods; own
+// is false for a volume whose files are somebody else's.
+func OwnFiles(pods string, uid types.UID, vol *corev1.Volume) (dir string, own bool) {
+	k := kind(vol)
+	if k == "" || vol.HostPath != nil || vol.Image != nil || vol.PersistentVolumeClaim != nil || vol.Ephemeral != nil {
+		return "", false
+	}
+	return filepath.Join(pods, string(uid), "volumes", k, vol.Name), true
+}
+
+// Claim is where the volume of a pod's claim is mounted, below the directory of all pods; the name is empty for a volume
+// that is none.
+func Claim(pods string, pod *corev1.Pod, vol *corev1.Volume) (dir, name string) {
+	return claimDir(filepath.Join(pods, string(pod.UID)), vol), claimName(pod, vol)
 }
 
 // Mount makes all volumes of a pod at the same time, or brings them up to date. The error joins one for each volume that
@@ -115,6 +156,7 @@ func (v *Volumes) Mount(ctx context.Context, pod *corev1.Pod) (refresh time.Time
 		wg.Go(func() {
 			vol := &pod.Spec.Volumes[i]
 			due, err := v.mountOne(ctx, pod, vol)
+			steps.Passed(ctx, "volume: "+kind(vol))
 			if err != nil {
 				errs[i] = fmt.Errorf("MountVolume.SetUp failed for volume %q : %w", vol.Name, err)
 			}
@@ -137,6 +179,8 @@ func (v *Volumes) mountOne(ctx context.Context, pod *corev1.Pod, vol *corev1.Vol
 		return time.Time{}, emptyDir(dir, vol.EmptyDir, fsGroup(pod))
 	case vol.HostPath != nil:
 		return time.Time{}, hostPath(vol.HostPath)
+	case vol.Image != nil:
+		return time.Time{}, nil // MountImage makes it, once the image is here
 	case kind(vol) == "":
 		return time.Time{}, ErrUnsupported
 	case claimName(pod, vol) != "":
@@ -149,6 +193,15 @@ func (v *Volumes) mountOne(ctx context.Context, pod *corev1.Pod, vol *corev1.Vol
 	return refresh, writeFiles(dir, vol, files, fsGroup(pod), v.cfg.Log)
 }
 
+// MountImage makes a volume of an image that is here.
+func (v *Volumes) MountImage(ctx context.Context, pod *corev1.Pod, volume, imageID string) error {
+	vol := Of(pod, volume)
+	if vol == nil || vol.Image == nil {
+		return fmt.Errorf("pod %s/%s has no volume %q of an image", pod.Namespace, pod.Name, volume)
+	}
+	return v.cfg.Images.Mount(ctx, imageID, pod.UID, volume, v.path(pod.UID, vol))
+}
+
 func fsGroup(pod *corev1.Pod) *int64 {
 	if sc := pod.Spec.SecurityContext; sc != nil {
 		return sc.FSGroup
@@ -158,7 +211,7 @@ func fsGroup(pod *corev1.Pod) *int64 {
 
 // Present reports whether a pod has volumes on disk.
 func (v *Volumes) Present(uid types.UID) bool {
-	for _, d := range []string{"volumes", "volume-subpaths"} {
+	for _, d := range []string{"volumes", "volume-subpaths", deviceDir} {
 		if _, err := os.Lstat(filepath.Join(v.podDir(uid), d)); err == nil {
 			return true
 		}
@@ -181,12 +234,25 @@ func (v *Volumes) List() ([]types.UID, error) {
 
 // Unmount takes away a pod's volumes: mounts first, and only what is on the same file system as the pod's directory is
 // deleted, so that a mount which cannot be undone loses nothing.
-func (v *Volumes) Unmount(_ context.Context, uid types.UID) error {
+func (v *Volumes) Unmount(ctx context.Context, uid types.UID) error {
 	v.forget(uid)
 	if uid == "" {
 		return errors.New("unmount the volumes of a pod without uid")
 	}
-	return clear(v.podDir(uid))
+	dir := v.podDir(uid)
+	if err := v.unpublish(ctx, dir); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "volumes", imageKind)); err == nil {
+		// Released before the directory goes, which says that there is something to release.
+		if err := unmountBelow(dir); err != nil {
+			return err
+		}
+		if err := v.cfg.Images.Release(ctx, uid); err != nil {
+			return err
+		}
+	}
+	return clear(dir)
 }
 
 // Cleanup removes every trace that Volumes leave under dir, without a running node.
@@ -218,5 +284,9 @@ func clear(podDir string) error {
 	if err := unmountBelow(podDir); err != nil {
 		return err
 	}
-	return errors.Join(removeHere(filepath.Join(podDir, "volume-subpaths")), removeHere(filepath.Join(podDir, "volumes")))
+	var errs []error
+	for _, d := range []string{"volume-subpaths", deviceDir, "volumes"} {
+		errs = append(errs, removeHere(filepath.Join(podDir, d)))
+	}
+	return errors.Join(errs...)
 }

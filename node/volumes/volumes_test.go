@@ -105,7 +105,7 @@ func (b *bench) mount(t *testing.T, p *corev1.Pod) time.Time {
 
 func (b *bench) read(t *testing.T, p *corev1.Pod, vol, file string) string {
 	t.Helper()
-	raw, err := os.ReadFile(filepath.Join(b.path(p.UID, volumeOf(p, vol)), file))
+	raw, err := os.ReadFile(filepath.Join(b.path(p.UID, Of(p, vol)), file))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -143,7 +143,7 @@ func TestKinds(t *testing.T) {
 		}
 	}
 	perm := func(vol, file string) fs.FileMode {
-		st, err := os.Stat(filepath.Join(b.path(p.UID, volumeOf(p, vol)), file))
+		st, err := os.Stat(filepath.Join(b.path(p.UID, Of(p, vol)), file))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -153,33 +153,33 @@ func TestKinds(t *testing.T) {
 		t.Errorf("modes %v %v %v %v", perm("items", "deep/er/a"), perm("s", "key"), perm("cm", "a"), perm("empty", "."))
 	}
 	for vol, want := range map[string]bool{"s": true, "all": true, "memory": true, "cm": false, "empty": false} {
-		if on, err := isMount(b.path(p.UID, volumeOf(p, vol))); err != nil || on != want {
+		if on, err := isMount(b.path(p.UID, Of(p, vol))); err != nil || on != want {
 			t.Errorf("%s is in memory: %v, %v", vol, on, err)
 		}
 	}
 	var st unix.Statfs_t
-	if err := unix.Statfs(b.path(p.UID, volumeOf(p, "memory")), &st); err != nil || int64(st.Blocks)*st.Bsize != 1<<20 {
+	if err := unix.Statfs(b.path(p.UID, Of(p, "memory")), &st); err != nil || int64(st.Blocks)*st.Bsize != 1<<20 {
 		t.Errorf("size %d, %v", int64(st.Blocks)*st.Bsize, err)
 	}
 
 	// Again changes nothing, and what a container wrote stays.
-	kept := filepath.Join(b.path(p.UID, volumeOf(p, "empty")), "kept")
+	kept := filepath.Join(b.path(p.UID, Of(p, "empty")), "kept")
 	if err := os.WriteFile(kept, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	link, err := os.Readlink(filepath.Join(b.path(p.UID, volumeOf(p, "cm")), "..data"))
+	link, err := os.Readlink(filepath.Join(b.path(p.UID, Of(p, "cm")), "..data"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	b.mount(t, p)
-	if again, _ := os.Readlink(filepath.Join(b.path(p.UID, volumeOf(p, "cm")), "..data")); again != link {
+	if again, _ := os.Readlink(filepath.Join(b.path(p.UID, Of(p, "cm")), "..data")); again != link {
 		t.Error("an unchanged volume was written again")
 	}
 	if _, err := os.Stat(kept); err != nil {
 		t.Error(err)
 	}
 	mounts, err := b.ContainerMounts(p, &corev1.Container{Name: "c", VolumeMounts: []corev1.VolumeMount{{Name: "cm", MountPath: "/cm"}, {Name: "empty", MountPath: "/e"}}}, nil)
-	if err != nil || !mounts[0].ReadOnly || mounts[1].ReadOnly || mounts[0].HostPath != b.path(p.UID, volumeOf(p, "cm")) {
+	if err != nil || !mounts[0].ReadOnly || mounts[1].ReadOnly || mounts[0].HostPath != b.path(p.UID, Of(p, "cm")) {
 		t.Errorf("mounts %+v, %v", mounts, err)
 	}
 
@@ -254,7 +254,7 @@ func TestUpdatesWhileRunning(t *testing.T) {
 		_, err := b.Mount(ctx, p)
 		return err == nil && b.read(t, p, "cm", "a") == "2"
 	})
-	if _, err := os.Lstat(filepath.Join(b.path("uid", volumeOf(p, "cm")), "old")); !os.IsNotExist(err) {
+	if _, err := os.Lstat(filepath.Join(b.path("uid", Of(p, "cm")), "old")); !os.IsNotExist(err) {
 		t.Errorf("a key that is gone is still shown: %v", err)
 	}
 	// One that is deleted while in use is told of, too.
@@ -320,7 +320,7 @@ func TestTokens(t *testing.T) {
 	if got := b.read(t, p, "t", "token"); got != "token-2" {
 		t.Errorf("token %q", got)
 	}
-	st, err := os.Stat(filepath.Join(b.path("uid", volumeOf(p, "t")), "token"))
+	st, err := os.Stat(filepath.Join(b.path("uid", Of(p, "t")), "token"))
 	if err != nil || st.Mode().Perm() != 0o640 || st.Sys().(*syscall.Stat_t).Gid != 4242 {
 		t.Errorf("token file %v, %v", st, err)
 	}
@@ -346,11 +346,11 @@ func TestFSGroup(t *testing.T) {
 	p := podWith(volume("e", corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}), volume("cm", fromConfigMap("cm")))
 	p.Spec.SecurityContext = &corev1.PodSecurityContext{FSGroup: &group}
 	b.mount(t, p)
-	st, err := os.Stat(b.path("uid", volumeOf(p, "e")))
+	st, err := os.Stat(b.path("uid", Of(p, "e")))
 	if err != nil || st.Sys().(*syscall.Stat_t).Gid != 4242 || st.Mode()&fs.ModeSetgid == 0 {
 		t.Errorf("emptyDir %v, %v", st.Mode(), err)
 	}
-	st, err = os.Stat(filepath.Join(b.path("uid", volumeOf(p, "cm")), "a"))
+	st, err = os.Stat(filepath.Join(b.path("uid", Of(p, "cm")), "a"))
 	if err != nil || st.Sys().(*syscall.Stat_t).Gid != 4242 {
 		t.Errorf("config map %v, %v", st, err)
 	}
@@ -393,7 +393,7 @@ func TestSubPath(t *testing.T) {
 	b := newBench(t, configMap("cm", "a", "1"))
 	p := podWith(volume("e", corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}}), volume("cm", fromConfigMap("cm")))
 	b.mount(t, p)
-	root := b.path("uid", volumeOf(p, "e"))
+	root := b.path("uid", Of(p, "e"))
 	outside := t.TempDir()
 	if err := os.WriteFile(filepath.Join(outside, "treasure"), []byte("secret"), 0o600); err != nil {
 		t.Fatal(err)
@@ -473,7 +473,7 @@ func TestUnmountLosesNothing(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	at := filepath.Join(b.path("uid", volumeOf(p, "e")), "bound")
+	at := filepath.Join(b.path("uid", Of(p, "e")), "bound")
 	if err := os.Mkdir(at, 0o755); err != nil {
 		t.Fatal(err)
 	}

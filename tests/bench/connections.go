@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -39,18 +40,24 @@ func connectionsSection(ctx context.Context, b *bench) (err error) {
 
 	for _, workers := range []int{1, 32} {
 		var service, direct, pair, routed []float64
-		for range b.samples(7) {
-			for _, side := range []struct {
-				rates   *[]float64
-				address string
-				tool    func(args ...string) (*exec.Cmd, error)
-			}{
-				{&pair, clean.direct, clean.tool(ctx)},
-				{&routed, clean.routed, clean.tool(ctx)},
-				{&direct, server.direct, podTool(ctx, n, client)},
-				{&service, server.service, podTool(ctx, n, client)},
-			} {
-				rate, err := connect(side.tool, workers, side.address)
+		sides := []struct {
+			rates   *[]float64
+			address string
+			tool    func(args ...string) (*exec.Cmd, error)
+		}{
+			{&pair, clean.direct, clean.tool(ctx)},
+			{&routed, clean.routed, clean.tool(ctx)},
+			{&direct, server.direct, podTool(ctx, n, client)},
+			{&service, server.service, podTool(ctx, n, client)},
+		}
+		for round := range b.samples(16) {
+			// Each comes first, and after each other, equally often: what a run leaves behind is nobody's in particular.
+			order := slices.Concat(sides[round%len(sides):], sides[:round%len(sides)])
+			if round/len(sides)%2 == 1 {
+				slices.Reverse(order)
+			}
+			for _, side := range order {
+				rate, err := connect(side.tool, side.address, "-workers", fmt.Sprint(workers))
 				if err != nil {
 					return err
 				}
@@ -131,8 +138,8 @@ func podTool(ctx context.Context, n *cluster.Node, uid string) func(args ...stri
 	return func(args ...string) (*exec.Cmd, error) { return n.PodTool(ctx, uid, args[0], args[1:]...) }
 }
 
-func connect(tool func(args ...string) (*exec.Cmd, error), workers int, address string) (float64, error) {
-	cmd, err := tool("connect", "-for", "2s", "-workers", fmt.Sprint(workers), address)
+func connect(tool func(args ...string) (*exec.Cmd, error), address string, flags ...string) (float64, error) {
+	cmd, err := tool(slices.Concat([]string{"connect", "-for", "1s"}, flags, []string{address})...)
 	if err != nil {
 		return 0, err
 	}

@@ -52,6 +52,10 @@ var sections = []struct {
 	{"idle", idleSection},
 	{"connections", connectionsSection},
 	{"service", serviceSection},
+	{"nodes", nodesSection},
+	{"machines", machinesSection},
+	{"dataplane", dataplaneSection},
+	{"control", controlSection},
 }
 
 func run(args []string, out io.Writer) (err error) {
@@ -126,8 +130,8 @@ func (b *bench) samples(n int) int {
 }
 
 // node makes one with its server running and Ready.
-func (b *bench) node(ctx context.Context, name string) (*cluster.Node, error) {
-	n, err := b.machine(ctx, name, b.built.Images)
+func (b *bench) node(ctx context.Context, name string, args ...string) (*cluster.Node, error) {
+	n, err := b.machineOf(ctx, name, cluster.Options{Args: args})
 	if err != nil {
 		return nil, err
 	}
@@ -140,8 +144,16 @@ func (b *bench) node(ctx context.Context, name string) (*cluster.Node, error) {
 }
 
 func (b *bench) machine(ctx context.Context, name, images string) (*cluster.Node, error) {
-	return cluster.NewNode(ctx, cluster.Options{
-		Name: fmt.Sprintf("bench-%s-%d", name, os.Getpid()), Dir: filepath.Join(b.dir, name),
-		Bin: b.built.Bin, ImagesDir: images,
-	})
+	return b.machineWith(ctx, name, cluster.Options{ImagesDir: images})
+}
+
+// machineOf makes one that has the images.
+func (b *bench) machineOf(ctx context.Context, name string, o cluster.Options) (*cluster.Node, error) {
+	o.ImagesDir = b.built.Images
+	return b.machineWith(ctx, name, o)
+}
+
+func (b *bench) machineWith(ctx context.Context, name string, o cluster.Options) (*cluster.Node, error) {
+	o.Name, o.Dir, o.Bin = fmt.Sprintf("bench-%s-%d", name, os.Getpid()), filepath.Join(b.dir, name), b.built.Bin
+	return cluster.NewNode(ctx, o)
 }

@@ -52,3 +52,10 @@ func TestQuantileIsASample(t *testing.T) {
 		}
 	})
 }
+
+func TestRatesOf(t *testing.T) {
+	out := "goos: linux\nBenchmarkDecide/plain/nodes=100-2   \t  1000\t  9876 ns/op\t  101256 pods/s\t  0 B/op\nBenchmarkOther-2 10 5 ns/op\nPASS\n"
+	if got := ratesOf([]byte(out)); len(got) != 1 || got[0] != (rate{"Decide/plain/nodes=100", 101256}) {
+		t.Errorf("%+v", got)
+	}
+}

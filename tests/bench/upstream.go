@@ -132,7 +132,7 @@ func (u *upstream) start(ctx context.Context) (serving, ready time.Duration, err
 	}
 	serving = time.Since(begin)
 	if err := u.run("kube-controller-manager", "--kubeconfig", f.kubeconfig, "--bind-address", "127.0.0.1", "--root-ca-file", f.ca,
-		"--service-account-private-key-file", f.serviceAccount, "--use-service-account-credentials",
+		"--service-account-private-key-file", f.serviceAccount, "--use-service-account-credentials", "--node-monitor-grace-period", patience,
 		"--cert-dir", filepath.Join(u.dir, "controller-manager")); err != nil {
 		return 0, 0, err
 	}

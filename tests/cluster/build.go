@@ -4,12 +4,15 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // Built is what a node needs: SKEP_BIN names a directory of binaries to use instead of building them.
@@ -28,7 +31,8 @@ const (
 )
 
 // Build makes skep, the shim and the test images in dir, from the checkout that the calling test or
-// command was built from.
+// command was built from. Who builds in the same directory at the same time waits: the tests of several
+// packages share one.
 func Build(ctx context.Context, dir string) (Built, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -44,9 +48,12 @@ func Build(ctx context.Context, dir string) (Built, error) {
 			return Built{}, err
 		}
 	}
-	build := func(out string, packages ...string) error {
-		return run(ctx, root, append([]string{"go", "build", "-ldflags", "-s -w", "-o", out}, packages...)...)
+	unlock, err := lockDir(dir)
+	if err != nil {
+		return Built{}, err
 	}
+	defer unlock()
+	build := func(out string, packages ...string) error { return buildStamped(ctx, root, out, "", packages...) }
 	if b.Bin == "" {
 		b.Bin = filepath.Join(dir, "bin")
 		if err := build(b.Bin+"/", "./cmd/..."); err != nil {
@@ -88,6 +95,48 @@ func Build(ctx context.Context, dir string) (Built, error) {
 		}
 	}
 	return b, nil
+}
+
+// lockDir waits until no other process builds in dir.
+func lockDir(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("locking %s to build in it: %w", dir, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// BuildVersion makes skep and the shim of the checkout once more in dir, as another version: one that says that it is
+// version and, with kubernetes, that this is the version of Kubernetes that it is made of.
+func BuildVersion(ctx context.Context, dir, version, kubernetes string) (bin string, err error) {
+	if bin, err = filepath.Abs(dir); err != nil {
+		return "", err
+	}
+	root, err := moduleRoot(ctx)
+	if err != nil {
+		return "", err
+	}
+	stamps := " -X main.skepVersion=" + version
+	if kubernetes != "" {
+		stamps += " -X skep.io/skep/node.KubeletVersion=" + kubernetes
+	}
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		return "", err
+	}
+	return bin, buildStamped(ctx, root, bin+"/", stamps, "./cmd/...")
+}
+
+func buildStamped(ctx context.Context, root, out, stamps string, packages ...string) error {
+	return run(ctx, root, append([]string{"go", "build", "-ldflags", "-s -w" + stamps, "-o", out}, packages...)...)
 }
 
 func moduleRoot(ctx context.Context) (string, error) {

@@ -81,7 +81,7 @@ func (c *Clean) join(ctx context.Context, machines map[string]*Machine) error {
 	return nil
 }
 
-// plug lays a veth pair between two machines.
+// plug lays a veth pair between two machines. An end gets its address if that is valid.
 func plug(from, to *Machine, name string, here, there netip.Addr) error {
 	fromLinks, fromNS, err := from.links()
 	if err != nil {
@@ -105,8 +105,14 @@ func plug(from, to *Machine, name string, here, there netip.Addr) error {
 	if err != nil {
 		return fmt.Errorf("find %s of %s: %w", name, to.name, err)
 	}
+	valid := func(a netip.Addr) []netip.Addr {
+		if !a.IsValid() {
+			return nil
+		}
+		return []netip.Addr{a}
+	}
 	return errors.Join(
-		addAddresses(fromLinks, veth, []netip.Addr{here}), addAddresses(toLinks, peer, []netip.Addr{there}),
+		addAddresses(fromLinks, veth, valid(here)), addAddresses(toLinks, peer, valid(there)),
 		up(fromLinks, "lo", name), up(toLinks, "lo", name),
 	)
 }

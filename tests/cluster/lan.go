@@ -23,8 +23,9 @@ var (
 // outside the cluster: it has the first address and knows no route to pods or services.
 type LAN struct {
 	*Machine
-	mu   sync.Mutex
-	next int
+	mu    sync.Mutex
+	next  int
+	ports map[*Machine]string // of the bridge
 }
 
 // NewLAN makes the network; name has to be unique on the machine.
@@ -33,7 +34,7 @@ func NewLAN(name string) (*LAN, error) {
 	if err != nil {
 		return nil, err
 	}
-	l := &LAN{Machine: m, next: 1}
+	l := &LAN{Machine: m, next: 1, ports: map[*Machine]string{}}
 	if err := l.bridge(); err != nil {
 		m.stop()
 		return nil, err
@@ -70,6 +71,8 @@ func (l *LAN) join(m *Machine) ([]netip.Addr, error) {
 	l.mu.Lock()
 	l.next++
 	n := l.next
+	port := fmt.Sprintf("port%d", n)
+	l.ports[m] = port
 	l.mu.Unlock()
 	here, hereNS, err := l.links()
 	if err != nil {
@@ -87,7 +90,6 @@ func (l *LAN) join(m *Machine) ([]netip.Addr, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find bridge: %w", err)
 	}
-	port := fmt.Sprintf("port%d", n)
 	veth := &netlink.Veth{
 		LinkAttrs:     netlink.LinkAttrs{Name: port, MasterIndex: bridge.Attrs().Index},
 		PeerName:      "eth0",
@@ -138,6 +140,37 @@ func up(h *netlink.Handle, names ...string) error {
 		}
 	}
 	return nil
+}
+
+// Cut takes the node off its network, as a switch does whose port fails silently: the node's device stays up, and
+// nothing arrives on either side. Heal puts it back.
+func (n *Node) Cut() error { return n.LAN.wire(n.Machine, false) }
+
+// Heal ends what Cut did.
+func (n *Node) Heal() error { return n.LAN.wire(n.Machine, true) }
+
+func (l *LAN) wire(m *Machine, connected bool) error {
+	h, ns, err := l.links()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	defer h.Close()
+	l.mu.Lock()
+	name := l.ports[m]
+	l.mu.Unlock()
+	port, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find the port of %s: %w", m.name, err)
+	}
+	if !connected {
+		return h.LinkSetNoMaster(port)
+	}
+	bridge, err := h.LinkByName("lan0")
+	if err != nil {
+		return fmt.Errorf("find bridge: %w", err)
+	}
+	return h.LinkSetMaster(port, bridge)
 }
 
 // Close ends a machine that is no node; a network ends with the machine it lies on.

@@ -145,12 +145,7 @@ func (m *Machine) Path(path string) string { return fmt.Sprintf("/proc/%d/root%s
 // Command prepares a command that runs on the machine, in its namespaces and cgroups. The command is
 // looked up on the machine, with the environment's PATH.
 func (m *Machine) Command(ctx context.Context, argv ...string) *exec.Cmd {
-	args := append(self("enter", m.Place()), argv...)
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = os.Environ()
-	// A process that ignores its end must not hold the test.
-	cmd.WaitDelay = 5 * time.Second
-	return cmd
+	return CommandIn(ctx, m.Place(), argv...)
 }
 
 // Tool prepares one of this package's helpers on the machine.

@@ -31,7 +31,8 @@ type Options struct {
 	Bin       string   // directory of skep and the shim
 	ImagesDir string   // archives to import at start; may be empty
 	Args      []string // further arguments of `skep server` or `skep agent`
-	Of        *Node    // the server whose cluster this node joins as an agent, on its LAN; nil: a server itself
+	Of        *Node    // the server whose cluster this node joins, on its LAN; nil: the first server
+	Peer      bool     // join Of's cluster as another server, and not as an agent
 	LAN       *LAN     // to share one with other nodes; nil: an own one, closed by Stop
 	Server    []string // what to run in place of `Bin/skep server`
 }
@@ -142,12 +143,17 @@ func (n *Node) StartServer() error {
 	argv := slices.Clone(n.Server)
 	if argv == nil {
 		argv = []string{filepath.Join(n.Bin, "skep"), "server"}
-		if n.Of != nil {
+		switch {
+		case n.Peer:
+			argv = append(argv, "--join", n.Of.URL())
+		case n.Of != nil:
 			argv = append(argv[:1], "agent", "--server", n.Of.URL())
 		}
 		if n.ImagesDir != "" {
 			argv = append(argv, "--images-dir", n.ImagesDir)
 		}
+		// How full the disk of whoever runs the tests is says nothing of skep; n.Args may want more.
+		argv = append(argv, "--eviction-hard=memory.available<50Mi")
 	}
 	argv = append(argv, n.Args...)
 	pid, err := n.spawn(request{Argv: argv, Env: n.Env(), Out: n.LogPath()})
@@ -174,7 +180,7 @@ func (n *Node) Token(ctx context.Context) (string, error) {
 
 // Config reaches the API server from the calling process as the administrator.
 func (n *Node) Config() (*rest.Config, error) {
-	if n.Of != nil {
+	if n.Of != nil && !n.Peer {
 		return n.Of.Config()
 	}
 	raw, err := os.ReadFile(n.Path(api.KubeconfigPath))
@@ -192,6 +198,9 @@ func (n *Node) Config() (*rest.Config, error) {
 
 // Kubernetes is a client of the node's API server.
 func (n *Node) Kubernetes() (*kubernetes.Clientset, error) {
+	if n.Of != nil && !n.Peer {
+		return n.Of.Kubernetes()
+	}
 	if n.client != nil {
 		return n.client, nil
 	}
@@ -266,10 +275,15 @@ func (n *Node) Signal(ctx context.Context, sig unix.Signal) (string, error) {
 	if err := unix.Kill(n.server, sig); err != nil && !errors.Is(err, unix.ESRCH) {
 		return "", fmt.Errorf("signal server: %w", err)
 	}
+	return n.WaitEnded(ctx)
+}
+
+// WaitEnded returns how the server ended, once it did so by itself.
+func (n *Node) WaitEnded(ctx context.Context) (string, error) {
 	select {
 	case <-n.exited.done(n.server):
 	case <-ctx.Done():
-		return "", fmt.Errorf("node %s: the server did not end after %s: %w\n%s", n.Name, sig, ctx.Err(), n.Tail(40))
+		return "", fmt.Errorf("node %s: waiting for the server to end: %w\n%s", n.Name, ctx.Err(), n.Tail(40))
 	}
 	how := n.exited.how(n.server)
 	n.server, n.client = 0, nil

@@ -69,6 +69,16 @@ func EnterFrom(where string, argv []string) error {
 	return fmt.Errorf("exec %s: %w", path, syscall.Exec(path, argv, os.Environ()))
 }
 
+// CommandIn prepares a command inside a place.
+func CommandIn(ctx context.Context, where string, argv ...string) *exec.Cmd {
+	args := append(self("enter", where), argv...)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Env = os.Environ()
+	// A process that ignores its end must not hold the test.
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
 // EnterTool is EnterFrom for one of this package's tools.
 func EnterTool(where, role string, args []string) error {
 	return EnterFrom(where, self(role, args...))

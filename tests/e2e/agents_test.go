@@ -13,7 +13,12 @@ import (
 
 // agentCommand makes and breaks nodes beside the script's server. For agent NAME it sets $NAME to the
 // node's name, $NAME_IP and $NAME_IP6 to its addresses, NAME in capitals.
-func agentCommand(ts *testscript.TestScript, neg bool, args []string) {
+func agentCommand(ts *testscript.TestScript, neg bool, args []string) { machines(ts, neg, args, false) }
+
+// peerCommand is agentCommand for further servers.
+func peerCommand(ts *testscript.TestScript, neg bool, args []string) { machines(ts, neg, args, true) }
+
+func machines(ts *testscript.TestScript, neg bool, args []string, peer bool) {
 	positive(ts, neg)
 	if len(args) < 2 {
 		ts.Fatalf("usage: agent make|start|kill|stop|restart|ready|reset NAME [ARG...]")
@@ -28,7 +33,7 @@ func agentCommand(ts *testscript.TestScript, neg bool, args []string) {
 	a := s.agents[name]
 	if a == nil && (args[0] == "make" || args[0] == "start") {
 		var err error
-		if a, err = s.newAgent(name); err != nil {
+		if a, err = s.newAgent(name, peer); err != nil {
 			ts.Fatalf("make agent %s: %v", name, err)
 		}
 		if s.agents == nil {

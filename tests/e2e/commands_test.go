@@ -15,11 +15,13 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"skep.io/skep/tests/cluster"
 	"skep.io/skep/tests/tools"
 )
 
@@ -33,6 +35,11 @@ import (
 //	                         make: another machine on the node's LAN, which scripts enter by `on NAME COMMAND...`;
 //	                         start: make it if need be, and start `skep agent` with ARGs there; kill: SIGKILL;
 //	                         stop: SIGTERM; restart: start it again; ready: wait until its Node is Ready
+//	peer make|start|kill|stop|restart|ready|reset NAME [ARG...]
+//	                         agent for further servers of the cluster, which join the first
+//	writes start             write numbered ConfigMaps through whichever server answers
+//	writes go                wait until ten more have been acknowledged
+//	writes stop              end it; fails if one that was acknowledged is not there
 //	until [-not] PATTERN COMMAND...
 //	                         repeat COMMAND until its output matches
 //	load start NAME [-from node|outside|pod/NAME] [flags] URL
@@ -41,6 +48,8 @@ import (
 //	killpod NAME             SIGKILL to the process of the pod's container
 //	registry [-login USER:PASSWORD] NAME:TAG=ARCHIVE...
 //	                         an image registry on the node until the script ends; sets REGISTRY
+//	driver NAME              a CSI driver on the node until the script ends; its volumes are below /srv/e2e-csi
+//	newer VAR                sets VAR to a skep that says it is of Kubernetes v1.38.0
 //	snapshot                 remember what is on the node, and how much its server has open
 //	steady                   wait until that is so again
 //	[!] log PATTERN          the server's log has it, or has it not
@@ -51,12 +60,16 @@ func commands() map[string]func(*testscript.TestScript, bool, []string) {
 		"machine":  machineCommand,
 		"server":   serverCommand,
 		"agent":    agentCommand,
+		"peer":     peerCommand,
+		"writes":   writesCommand,
 		"until":    untilCommand,
 		"load":     loadCommand,
 		"jsonpath": jsonpathCommand,
 		"killpod":  killpodCommand,
 		"registry": registryCommand,
+		"driver":   driverCommand,
 		"log":      logCommand,
+		"newer":    newerCommand,
 		"snapshot": snapshotCommand,
 		"steady":   steadyCommand,
 	}
@@ -204,6 +217,22 @@ func logCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// newer is the binary of newerCommand.
+var newer = sync.OnceValues(func() (string, error) {
+	bin, err := cluster.BuildVersion(context.Background(), filepath.Join("..", "..", ".build", "e2e", "newer"), "newer", "v1.38.0")
+	return filepath.Join(bin, "skep"), err
+})
+
+func newerCommand(ts *testscript.TestScript, neg bool, args []string) {
+	positive(ts, neg)
+	if len(args) != 1 {
+		ts.Fatalf("usage: newer VAR")
+	}
+	path, err := newer()
+	ts.Check(err)
+	ts.Setenv(args[0], path)
+}
+
 func registryCommand(ts *testscript.TestScript, neg bool, args []string) {
 	positive(ts, neg)
 	s := state(ts)
@@ -213,7 +242,21 @@ func registryCommand(ts *testscript.TestScript, neg bool, args []string) {
 		}
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	cmd := s.node.Tool(ctx, "registry", args...)
+	address := background(cancel, ts, s.node.Tool(ctx, "registry", args...))
+	ts.Setenv("REGISTRY", strings.TrimSpace(address))
+}
+
+func driverCommand(ts *testscript.TestScript, neg bool, args []string) {
+	positive(ts, neg)
+	if len(args) != 1 {
+		ts.Fatalf("usage: driver NAME")
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	background(cancel, ts, state(ts).node.Tool(ctx, "csi", args[0], "/var/lib/skep/plugins_registry", "/srv/e2e-csi"))
+}
+
+// background runs a command until the script ends, and returns its first line.
+func background(cancel context.CancelFunc, ts *testscript.TestScript, cmd *exec.Cmd) (line string) {
 	cmd.Stderr = os.Stderr
 	stdout, err := cmd.StdoutPipe()
 	if err == nil {
@@ -230,9 +273,9 @@ func registryCommand(ts *testscript.TestScript, neg bool, args []string) {
 		cancel()
 		_ = cmd.Wait() // killed
 	})
-	address, err := bufio.NewReader(stdout).ReadString('\n')
+	line, err = bufio.NewReader(stdout).ReadString('\n')
 	ts.Check(err)
-	ts.Setenv("REGISTRY", strings.TrimSpace(address))
+	return line
 }
 
 // load is a running load generator.
@@ -302,6 +345,11 @@ func (s *script) startLoad(args []string) (*load, error) {
 		cancel()
 		return nil, fmt.Errorf("load: unknown -from %s", from)
 	}
+	return startLoad(cmd, cancel)
+}
+
+// startLoad runs a load generator until its first answers are there.
+func startLoad(cmd *exec.Cmd, cancel context.CancelFunc) (*load, error) {
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
 	if err != nil {

@@ -93,11 +93,13 @@ func TestScripts(t *testing.T) {
 }
 
 // TestOwn runs testdata/own; each script makes the nodes it needs.
-func TestOwn(t *testing.T) {
-	b := built(t)
+func TestOwn(t *testing.T) { ownScripts(t, built(t), "testdata/own", nil) }
+
+// ownScripts runs scripts that make their nodes, each with the variables in its environment.
+func ownScripts(t *testing.T, b cluster.Built, scripts string, variables map[string]string) {
 	noDescriptors(t)
 	testscript.Run(t, testscript.Params{
-		Dir:                "testdata/own",
+		Dir:                scripts,
 		WorkdirRoot:        t.TempDir(),
 		RequireUniqueNames: true,
 		Setup: func(env *testscript.Env) error {
@@ -110,12 +112,15 @@ func TestOwn(t *testing.T) {
 			s := &script{own: true, newNode: func(args []string) (*cluster.Node, error) {
 				return newNode(context.Background(), b, name, dir, args...)
 			}}
-			s.newAgent = func(agent string) (*cluster.Node, error) {
+			s.newAgent = func(agent string, peer bool) (*cluster.Node, error) {
 				return cluster.NewNode(context.Background(), cluster.Options{
-					Name: s.node.Name + "-" + agent, Dir: filepath.Join(dir, agent), Bin: b.Bin, ImagesDir: b.Images, Of: s.node,
+					Name: s.node.Name + "-" + agent, Dir: filepath.Join(dir, agent), Bin: b.Bin, ImagesDir: b.Images, Of: s.node, Peer: peer,
 				})
 			}
 			env.Values[scriptKey{}] = s
+			for key, value := range variables {
+				env.Setenv(key, value)
+			}
 			env.Defer(func() {
 				s.end(env)
 				if err := os.RemoveAll(dir); err != nil {
@@ -150,7 +155,8 @@ type script struct {
 	node      *cluster.Node
 	own       bool
 	newNode   func(args []string) (*cluster.Node, error)
-	newAgent  func(name string) (*cluster.Node, error)
+	newAgent  func(name string, peer bool) (*cluster.Node, error)
+	writes    *writes
 	agents    map[string]*cluster.Node
 	namespace string
 	loads     map[string]*load
@@ -234,6 +240,10 @@ func (s *script) end(env *testscript.Env) {
 	for name, l := range s.loads {
 		l.cancel()
 		t.Errorf("load %s was never stopped", name)
+	}
+	if s.writes != nil {
+		s.writes.cancel()
+		t.Error("writes were never stopped")
 	}
 	if s.node == nil {
 		return

@@ -36,6 +36,7 @@ const exchange = "GET /livez HTTP/1.1\r\nHost: bench\r\n\r\n"
 func connectMain(args []string) error {
 	flags := flag.NewFlagSet("connect", flag.ContinueOnError)
 	workers := flags.Int("workers", 1, "at once")
+	kept := flags.Bool("kept", false, "one connection a worker: requests are counted instead")
 	period := flags.Duration("for", 3*time.Second, "how long")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -53,14 +54,21 @@ func connectMain(args []string) error {
 	begin := time.Now()
 	for range *workers {
 		all.Go(func() {
-			buffer := make([]byte, 4096)
-			for time.Since(begin) < *period {
-				if err := once(address, buffer); err != nil {
+			note := func(err error) {
+				if err != nil {
 					failed.Add(1)
 					last.Store(err.Error())
-					continue
+					return
 				}
 				done.Add(1)
+			}
+			buffer := make([]byte, 4096)
+			if *kept {
+				keep(address, buffer, begin.Add(*period), note)
+				return
+			}
+			for time.Since(begin) < *period {
+				note(once(address, buffer))
 			}
 		})
 	}
@@ -79,13 +87,32 @@ func once(address *net.TCPAddr, buffer []byte) error {
 	if err := conn.SetLinger(0); err != nil {
 		return err
 	}
+	return ask(conn, buffer)
+}
+
+// keep makes requests on one connection until the end, or until one fails.
+func keep(address *net.TCPAddr, buffer []byte, end time.Time, note func(error)) {
+	conn, err := net.DialTCP("tcp", nil, address)
+	if err != nil {
+		note(err)
+		return
+	}
+	defer conn.Close()
+	for err == nil && time.Now().Before(end) {
+		err = ask(conn, buffer)
+		note(err)
+	}
+}
+
+// ask sends a request; its reply fits into one segment.
+func ask(conn *net.TCPConn, buffer []byte) error {
 	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return err
 	}
 	if _, err := io.WriteString(conn, exchange); err != nil {
 		return err
 	}
-	_, err = conn.Read(buffer)
+	_, err := conn.Read(buffer)
 	return err
 }
 

@@ -23,6 +23,9 @@ type LoadReport struct {
 	Connections int      // opened
 	Errors      []string // the first ones
 	Failed      int      // all
+	// Lost are the failed ones by the address that their connection led to, behind any service; "" where that cannot
+	// be told: the kernel had ended the connection.
+	Lost map[string]int `json:",omitempty"`
 }
 
 const keptErrors = 10
@@ -35,6 +38,7 @@ func loadMain(args []string) error {
 	kept := flags.Int("kept", 4, "clients that keep their connection")
 	fresh := flags.Int("new", 0, "clients that open a connection a request")
 	pause := flags.Duration("pause", 2*time.Millisecond, "between a client's requests")
+	count := flags.Int("count", 0, "end after so many requests; 0: when told to")
 	host := flags.String("host", "", "Host header")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -44,7 +48,7 @@ func loadMain(args []string) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	l := &load{url: flags.Arg(0), host: *host, pause: *pause}
+	l := &load{url: flags.Arg(0), host: *host, pause: *pause, count: *count, enough: cancel}
 	var all, first sync.WaitGroup
 	for i := range *kept + *fresh {
 		all.Add(1)
@@ -58,8 +62,10 @@ func loadMain(args []string) error {
 		first.Wait()
 		fmt.Println("ready")
 	}()
-	_, _ = io.Copy(io.Discard, os.Stdin)
-	cancel()
+	if *count == 0 {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		cancel()
+	}
 	all.Wait()
 	return json.NewEncoder(os.Stdout).Encode(l.report)
 }
@@ -67,6 +73,8 @@ func loadMain(args []string) error {
 type load struct {
 	url, host string
 	pause     time.Duration
+	count     int // of requests until enough is called
+	enough    func()
 
 	mu     sync.Mutex
 	report LoadReport
@@ -76,24 +84,30 @@ func (l *load) note(change func(*LoadReport)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	change(&l.report)
+	if l.count > 0 && l.report.Requests+l.report.Failed >= l.count {
+		l.enough()
+	}
 }
 
 func (l *load) client(ctx context.Context, keep bool, answered func()) {
 	// Whoever waits for the first answers must not wait for a client that ended without one.
 	defer answered()
-	request := l.once
-	if keep {
-		request = (&keptConnection{load: l}).request
-	}
+	k := &keptConnection{load: l, keep: keep}
+	defer k.close()
 	for {
 		// One request comes after the end, so that a connection that died just before it is found.
 		last := ctx.Err() != nil
-		err := request()
+		err := k.request()
 		if err == nil {
 			l.note(func(r *LoadReport) { r.Requests++ })
 			answered()
 		} else {
+			peer := k.peerNow()
 			l.note(func(r *LoadReport) {
+				if r.Lost == nil {
+					r.Lost = map[string]int{}
+				}
+				r.Lost[peer]++
 				if r.Failed++; len(r.Errors) < keptErrors {
 					r.Errors = append(r.Errors, time.Now().Format(time.StampMilli)+" "+err.Error())
 				}
@@ -105,6 +119,9 @@ func (l *load) client(ctx context.Context, keep bool, answered func()) {
 		if last {
 			return
 		}
+		if !keep {
+			k.close()
+		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(l.pause):
@@ -115,51 +132,71 @@ func (l *load) client(ctx context.Context, keep bool, answered func()) {
 // limit of one request, connecting included.
 const limit = 10 * time.Second
 
-// dial opens a connection to the load's target.
-func (l *load) dial() (net.Conn, *http.Request, error) {
-	request, err := http.NewRequest(http.MethodGet, l.url, nil)
-	if err != nil {
-		return nil, nil, err
-	}
-	if l.host != "" {
-		request.Host = l.host
-	}
-	address := request.URL.Host
-	if request.URL.Port() == "" {
-		address = net.JoinHostPort(request.URL.Hostname(), "80")
-	}
-	l.note(func(r *LoadReport) { r.Connections++ })
-	conn, err := net.DialTimeout("tcp", address, limit)
-	return conn, request, err
-}
-
-// once makes a request on a connection of its own.
-func (l *load) once() error {
-	k := &keptConnection{load: l}
-	err := k.request()
-	if k.conn != nil {
-		err = errors.Join(err, k.conn.Close())
-	}
-	return err
-}
-
 // keptConnection makes requests one after the other on one connection. It is not net/http's client:
 // that one also gives up healthy connections, for instance when its own goroutines have to wait for
 // a processor for 50 ms.
 type keptConnection struct {
 	load    *load
+	keep    bool // for longer than a request
 	conn    net.Conn
 	reader  *bufio.Reader
 	message *http.Request
+	socket  *socket
+	peer    string // where a kept connection leads to
+}
+
+// dial opens a connection to the load's target.
+func (k *keptConnection) dial() error {
+	request, err := http.NewRequest(http.MethodGet, k.load.url, nil)
+	if err != nil {
+		return err
+	}
+	if k.load.host != "" {
+		request.Host = k.load.host
+	}
+	address := request.URL.Host
+	if request.URL.Port() == "" {
+		address = net.JoinHostPort(request.URL.Hostname(), "80")
+	}
+	k.load.note(func(r *LoadReport) { r.Connections++ })
+	k.socket = &socket{}
+	d := net.Dialer{Timeout: limit, Control: k.socket.hold}
+	conn, err := d.Dial("tcp", address)
+	if err != nil {
+		return err
+	}
+	k.conn, k.message, k.reader = conn, request, bufio.NewReader(conn)
+	if k.keep {
+		k.peer = k.socket.peer()
+	}
+	return nil
+}
+
+// peerNow is the address that the connection leads to, or led to.
+func (k *keptConnection) peerNow() string {
+	if k.peer != "" || k.socket == nil {
+		return k.peer
+	}
+	return k.socket.peer()
+}
+
+// close ends the connection; the next request has another.
+func (k *keptConnection) close() {
+	if k.conn != nil {
+		_ = k.conn.Close() // whatever becomes of it, the answer is there
+	}
+	if k.socket != nil {
+		k.socket.release()
+	}
+	k.conn, k.socket, k.peer = nil, nil, ""
 }
 
 // request is not cut short by the end of the load: a request that was sent gets its answer.
-func (k *keptConnection) request() (err error) {
+func (k *keptConnection) request() error {
 	if k.conn == nil {
-		if k.conn, k.message, err = k.load.dial(); err != nil {
+		if err := k.dial(); err != nil {
 			return err
 		}
-		k.reader = bufio.NewReader(k.conn)
 	}
 	if err := k.conn.SetDeadline(time.Now().Add(limit)); err != nil {
 		return err

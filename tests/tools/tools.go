@@ -14,4 +14,6 @@ var Tools = map[string]func(args []string) error{
 	"load":    loadMain,    // requests until told to stop
 	"connect": connectMain, // connections as fast as can be
 	"first":   firstMain,   // when something first replied
+	"csi":     csiMain,     // a CSI driver
+	"health":  healthMain,  // what probes ask, over gRPC and HTTPS
 }

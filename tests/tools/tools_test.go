@@ -41,6 +41,35 @@ func TestUntil(t *testing.T) {
 	}
 }
 
+// A socket tells where it leads, whatever becomes of the connection that its owner has.
+func TestSocketPeer(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	var s socket
+	conn, err := (&net.Dialer{Control: s.hold}).Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.peer(); got != "127.0.0.1" {
+		t.Errorf("leads to %q", got)
+	}
+	s.release()
+	for text, want := range map[string]string{
+		"0100007F": "127.0.0.1", "B80D0120000000000000000001000000": "2001:db8::1", "0000000000000000FFFF00000A2A0001": "1.0.42.10",
+		"00000000": "", "01": "", "zz": "",
+	} {
+		if got := wordsAddress(text); got != want {
+			t.Errorf("%s is %q, want %q", text, got, want)
+		}
+	}
+}
+
 func TestHTTP(t *testing.T) {
 	var upgrader websocket.Upgrader
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

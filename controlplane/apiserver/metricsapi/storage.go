@@ -57,7 +57,7 @@ func Install(server *genericapiserver.GenericAPIServer, client kubernetes.Interf
 func summary(ctx context.Context, client kubernetes.Interface, node string) (*stats.Summary, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerLimit)
 	defer cancel()
-	raw, err := client.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix("stats/summary").DoRaw(ctx)
+	raw, err := client.CoreV1().RESTClient().Get().Resource("nodes").Name(node).SubResource("proxy").Suffix("stats/summary").Param("only_cpu_and_memory", "true").DoRaw(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("node %s: %w", node, err)
 	}

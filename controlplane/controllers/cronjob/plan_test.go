@@ -139,6 +139,8 @@ func TestCompute(t *testing.T) {
 		{"one runs: allowed", newCronJob("0 * * * *", day, active("a")), []*batchv1.Job{job("a", "", time.Hour)}, "create 2026-03-04T10:00:00Z; wake 59m30s"},
 		{"one runs: forbidden", newCronJob("0 * * * *", day, active("a"), policy(batchv1.ForbidConcurrent)), []*batchv1.Job{job("a", "", time.Hour)}, "JobAlreadyActive; wake 59m30s"},
 		{"one ran: not forbidden any more", newCronJob("0 * * * *", day, active("a"), policy(batchv1.ForbidConcurrent)), []*batchv1.Job{job("a", failed, time.Hour)}, "create 2026-03-04T10:00:00Z; active ; SawCompletedJob; wake 59m30s"},
+		{"one runs, long backlog: forbidden", newCronJob("* * * * *", day, active("a"), policy(batchv1.ForbidConcurrent)), []*batchv1.Job{job("a", "", time.Hour)}, "TooManyMissedTimes; JobAlreadyActive; wake 30s"},
+		{"one runs, long backlog: replaced once", newCronJob("* * * * *", day, active("a"), policy(batchv1.ReplaceConcurrent)), []*batchv1.Job{job("a", "", time.Hour)}, "delete a; create 2026-03-04T10:00:00Z; active ; TooManyMissedTimes; wake 30s"},
 		{"one runs: replaced", newCronJob("0 * * * *", day, active("a"), policy(batchv1.ReplaceConcurrent)), []*batchv1.Job{job("a", "", time.Hour)}, "delete a; create 2026-03-04T10:00:00Z; active ; wake 59m30s"},
 		{"one runs by hand: not replaced", newCronJob("0 * * * *", day, policy(batchv1.ReplaceConcurrent)), []*batchv1.Job{manual(job("a", "", time.Hour))}, "create 2026-03-04T10:00:00Z; UnexpectedJob; wake 59m30s"},
 		{"created before a crash", newCronJob("0 * * * *", day), []*batchv1.Job{job(atTen, "", 0)}, "active " + atTen + "; scheduled 10:00:00; wake 59m30s"},

@@ -4,6 +4,7 @@ package loadbalancer
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -114,7 +115,7 @@ func (c *Controller) Run(ctx context.Context) error {
 	if c.pools == nil {
 		return c.queue.Run(ctx, c.synced...)
 	}
-	if err := c.install(ctx); err != nil {
+	if err := runner.Define(ctx, c.bootstrap, "addresspools.skep.io", v1alpha1.AddressPoolsCRD, c.pools.Resource(v1alpha1.AddressPools), c.Log); err != nil {
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -140,31 +141,6 @@ func (c *Controller) Run(ctx context.Context) error {
 	return c.queue.Run(ctx, append(c.synced, synced)...)
 }
 
-// install creates or updates the definition of AddressPools, and returns once the resource is served.
-func (c *Controller) install(ctx context.Context) error {
-	const path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/addresspools.skep.io"
-	rest := c.bootstrap.Discovery().RESTClient()
-	for delay := 10 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
-		err := rest.Patch(types.ApplyYAMLPatchType).AbsPath(path).Param("fieldManager", "skep").Param("force", "true").
-			SetHeader("Accept", "application/json").Body(v1alpha1.AddressPoolsCRD).Do(ctx).Error()
-		if err == nil {
-			// Its informer would pause for a second if it asked too early.
-			if _, err = c.pools.Resource(v1alpha1.AddressPools).List(ctx, metav1.ListOptions{Limit: 1}); err == nil {
-				return nil
-			}
-		}
-		if apierrors.IsInvalid(err) || apierrors.IsBadRequest(err) {
-			return fmt.Errorf("definition of AddressPools: %w", err)
-		}
-		c.Log.Debug("definition of AddressPools is not in force yet", "err", err)
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(delay):
-		}
-	}
-}
-
 func (c *Controller) sync(ctx context.Context, _ string) (time.Duration, error) {
 	s := Snapshot{LocalTo: c.localTo, Reserved: c.reserved}
 	var err error
@@ -185,13 +161,17 @@ func (c *Controller) sync(ctx context.Context, _ string) (time.Duration, error) 
 	}
 	var errs []error
 	told := map[types.UID]string{}
-	for _, change := range Plan(s) {
+	decisions := Plan(s)
+	for _, change := range decisions.Services {
 		errs = append(errs, c.act(ctx, change))
 		if change.Problem != "" {
 			told[change.Service.UID] = change.Problem
 		}
 	}
 	c.told = told
+	for _, change := range decisions.Pools {
+		errs = append(errs, c.actOnPool(ctx, change))
+	}
 	return 0, errors.Join(errs...)
 }
 
@@ -221,6 +201,32 @@ func (c *Controller) act(ctx context.Context, change Change) error {
 			text += a.IP
 		}
 		c.recorder.Event(svc, corev1.EventTypeNormal, assigned, text)
+	}
+	return nil
+}
+
+func (c *Controller) actOnPool(ctx context.Context, change PoolChange) error {
+	if !change.Write {
+		return nil
+	}
+	pool := change.Pool
+	status := map[string]any{ // null where the pool has no address of a family any more
+		"addresses": change.Status.Addresses, "ipv4": change.Status.IPv4, "ipv6": change.Status.IPv6, "conditions": change.Status.Conditions,
+	}
+	patch, err := json.Marshal(map[string]any{"status": status, "metadata": map[string]any{"resourceVersion": pool.ResourceVersion}})
+	if err != nil {
+		return err
+	}
+	_, err = c.pools.Resource(v1alpha1.AddressPools).Patch(ctx, pool.Name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: "skep"}, "status")
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("status of AddressPool %s: %w", pool.Name, err)
+	}
+	reference := &corev1.ObjectReference{Kind: "AddressPool", APIVersion: v1alpha1.AddressPools.GroupVersion().String(), Name: pool.Name, UID: pool.UID}
+	for _, e := range change.Events {
+		c.recorder.Event(reference, corev1.EventTypeWarning, e.Reason, e.Message)
 	}
 	return nil
 }

@@ -53,9 +53,15 @@ const (
 	assigned  = "AddressAssigned"
 )
 
+// Decisions of a Plan.
+type Decisions struct {
+	Services []Change
+	Pools    []PoolChange
+}
+
 // Plan decides on the addresses of all Services at once, as they must not have the same ones. A Service keeps
 // what it has as long as it may have it; whoever was there first comes first.
-func Plan(s Snapshot) []Change {
+func Plan(s Snapshot) Decisions {
 	p := &planner{Snapshot: s, used: map[netip.Addr]types.NamespacedName{}, ports: map[portKey]types.NamespacedName{}}
 	p.readPools()
 	var mine []*corev1.Service
@@ -80,7 +86,7 @@ func Plan(s Snapshot) []Change {
 	for i, svc := range mine {
 		out = append(out, p.decide(svc, kept[i]))
 	}
-	return out
+	return Decisions{out, p.poolChanges()}
 }
 
 type portKey struct {

@@ -180,7 +180,7 @@ func TestPlan(t *testing.T) {
 				Services: c.services, Pools: c.pools, Nodes: c.nodes, Reserved: map[int32]string{443: "ingress"},
 				LocalTo: func(*corev1.Service) map[string]bool { return map[string]bool{"local": true} },
 			}
-			if diff := cmp.Diff(c.want, describe(Plan(s))); diff != "" {
+			if diff := cmp.Diff(c.want, describe(Plan(s).Services)); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -222,7 +222,8 @@ func TestPlanProperty(t *testing.T) {
 				}
 				r, _ := v1alpha1.ParseRange(pools["p"].Spec.Addresses[0])
 				seen := map[string]string{}
-				for _, c := range Plan(s) {
+				decisions := Plan(s)
+				for _, c := range decisions.Services {
 					before := c.Service.Status.LoadBalancer.Ingress
 					after := c.Status.LoadBalancer.Ingress
 					if len(before) == 1 && r.Contains(netip.MustParseAddr(before[0].IP)) && (len(after) != 1 || after[0].IP != before[0].IP) {
@@ -249,6 +250,17 @@ func TestPlanProperty(t *testing.T) {
 						services[c.Service.Name].Status = c.Status
 					}
 				}
+				for _, c := range decisions.Pools {
+					if a := c.Status.Addresses; a.Used != int64(len(seen)) || a.Used+a.Free != a.Total || a != *c.Status.IPv4 {
+						t.Fatalf("%d Services have addresses, the pool counts %+v", len(seen), a)
+					}
+					if c.Write {
+						writes++
+						changed := *c.Pool
+						changed.Status = c.Status
+						pools[c.Pool.Name] = &changed
+					}
+				}
 				return writes
 			}
 			look()
@@ -269,7 +281,7 @@ func TestAnnouncersSpread(t *testing.T) {
 		s.Services = append(s.Services, service(fmt.Sprint("s", i), i))
 	}
 	count := map[string]int{}
-	for _, c := range Plan(s) {
+	for _, c := range Plan(s).Services {
 		count[announcer(&corev1.Service{Status: c.Status})]++
 	}
 	for n, k := range count {

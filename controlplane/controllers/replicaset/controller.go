@@ -11,11 +11,8 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	utilfeature "k8s.io/apiserver/pkg/util/feature"
-	appslisters "k8s.io/client-go/listers/apps/v1"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/kubernetes/pkg/controller"
-	"k8s.io/kubernetes/pkg/features"
 
 	"skep.io/skep/controlplane/controllers/runner"
 )
@@ -26,61 +23,57 @@ const (
 	ownerIndex = "skep.io/controller-uid"
 )
 
-// Controller keeps ReplicaSets' pods in number.
+// Controller keeps the pods of ReplicaSets, or of ReplicationControllers seen as such, in number.
 type Controller struct {
 	runner.Deps
-	queue       *runner.Queue
-	pods        runner.Pods[*appsv1.ReplicaSet]
-	replicaSets appslisters.ReplicaSetLister
-	byOwner     cache.Indexer
-	synced      []cache.InformerSynced
-	terminating bool
+	owners
+	queue  *runner.Queue
+	pods   runner.Pods[*appsv1.ReplicaSet]
+	synced []cache.InformerSynced
 }
 
-// New registers the controller with the shared informers.
-func New(deps runner.Deps) (*Controller, error) {
-	replicaSets, pods := deps.Informers.Apps().V1().ReplicaSets(), deps.Informers.Core().V1().Pods()
-	c := &Controller{
-		Deps:        deps,
-		replicaSets: replicaSets.Lister(),
-		byOwner:     replicaSets.Informer().GetIndexer(),
-		terminating: utilfeature.DefaultFeatureGate.Enabled(features.DeploymentReplicaSetTerminatingReplicas),
-	}
-	c.queue = runner.New("replicaset", workers, deps, c.sync)
+// New registers the controller of ReplicaSets with the shared informers.
+func New(deps runner.Deps) (*Controller, error) { return newController(deps, replicaSets(deps)) }
+
+// NewForControllers is New for ReplicationControllers.
+func NewForControllers(deps runner.Deps) (*Controller, error) {
+	return newController(deps, replicationControllers(deps))
+}
+
+func newController(deps runner.Deps, owners owners) (*Controller, error) {
+	c := &Controller{Deps: deps, owners: owners}
+	c.queue = runner.New(owners.queue, workers, deps, c.sync)
 	var err error
-	if c.pods, err = runner.NewPods[*appsv1.ReplicaSet](deps, Kind, c.queue, deps.Recorder("replicaset-controller")); err != nil {
+	if c.pods, err = runner.NewPods[*appsv1.ReplicaSet](deps, c.kind, c.queue, deps.Recorder(c.recorder)); err != nil {
 		return nil, err
 	}
-	c.pods.Cached = func(namespace, name string) (*appsv1.ReplicaSet, error) {
-		return c.replicaSets.ReplicaSets(namespace).Get(name)
-	}
+	c.pods.Cached, c.pods.Matching = c.cached, c.matching
 	c.pods.Fresh = func(ctx context.Context, namespace, name string, opts metav1.GetOptions) (*appsv1.ReplicaSet, error) {
-		return deps.Client.AppsV1().ReplicaSets(namespace).Get(ctx, name, opts)
+		return c.client(namespace).Get(ctx, name, opts)
 	}
-	c.pods.Matching = c.replicaSets.GetPodReplicaSets
-	err = replicaSets.Informer().AddIndexers(cache.Indexers{ownerIndex: func(obj any) ([]string, error) {
-		rs, ok := obj.(*appsv1.ReplicaSet)
+	err = c.informer.AddIndexers(cache.Indexers{ownerIndex: func(obj any) ([]string, error) {
+		owned, ok := obj.(metav1.Object)
 		if !ok {
 			return nil, nil
 		}
-		if ref := metav1.GetControllerOfNoCopy(rs); ref != nil {
+		if ref := metav1.GetControllerOfNoCopy(owned); ref != nil {
 			return []string{string(ref.UID)}, nil
 		}
 		return nil, nil
 	}})
 	if err != nil {
-		return nil, fmt.Errorf("index replica sets by owner: %w", err)
+		return nil, fmt.Errorf("index %ss by owner: %w", c.kind.Kind, err)
 	}
 
-	replicaSetsSynced, err := runner.Watch(replicaSets.Informer(), c.pods.Owners(c.forget))
+	ownersSynced, err := c.watch(c.pods.Owners(c.forget))
 	if err != nil {
 		return nil, err
 	}
-	podsSynced, err := runner.Watch(pods.Informer(), c.pods.Handlers())
+	podsSynced, err := runner.Watch(deps.Informers.Core().V1().Pods().Informer(), c.pods.Handlers())
 	if err != nil {
 		return nil, err
 	}
-	c.synced = []cache.InformerSynced{replicaSetsSynced, podsSynced}
+	c.synced = []cache.InformerSynced{ownersSynced, podsSynced}
 	return c, nil
 }
 
@@ -123,7 +116,7 @@ func (c *Controller) snapshot(ctx context.Context, rs *appsv1.ReplicaSet) (Snaps
 	s := Snapshot{ReplicaSet: rs, Related: func() []*corev1.Pod { return c.related(rs) }}
 	selector, err := metav1.LabelSelectorAsSelector(rs.Spec.Selector)
 	if err != nil {
-		return s, fmt.Errorf("replica set %s/%s: selector: %w", rs.Namespace, rs.Name, err)
+		return s, fmt.Errorf("%s %s: selector: %w", c.kind.Kind, runner.Key(rs), err)
 	}
 	pods, err := c.pods.Candidates(rs)
 	if err != nil {
@@ -138,19 +131,21 @@ func (c *Controller) snapshot(ctx context.Context, rs *appsv1.ReplicaSet) (Snaps
 
 // related are the pods of every ReplicaSet of the same Deployment.
 func (c *Controller) related(rs *appsv1.ReplicaSet) []*corev1.Pod {
-	siblings := []any{rs}
+	siblings := []metav1.Object{rs}
 	if ref := metav1.GetControllerOfNoCopy(rs); ref != nil {
-		if found, err := c.byOwner.ByIndex(ownerIndex, string(ref.UID)); err == nil {
-			siblings = found
+		if found, err := c.informer.GetIndexer().ByIndex(ownerIndex, string(ref.UID)); err == nil {
+			siblings = nil
+			for _, obj := range found {
+				if sibling, ok := obj.(metav1.Object); ok {
+					siblings = append(siblings, sibling)
+				}
+			}
 		}
 	}
 	var pods []*corev1.Pod
-	for _, obj := range siblings {
-		sibling, ok := obj.(*appsv1.ReplicaSet)
-		if !ok {
-			continue
-		}
-		if own, err := controller.FilterPodsByOwner(c.pods.Indexer, &sibling.ObjectMeta, Kind.Kind, false); err == nil {
+	for _, sibling := range siblings {
+		meta := &metav1.ObjectMeta{Namespace: sibling.GetNamespace(), Name: sibling.GetName(), UID: sibling.GetUID()}
+		if own, err := controller.FilterPodsByOwner(c.pods.Indexer, meta, c.kind.Kind, false); err == nil {
 			pods = append(pods, own...)
 		}
 	}
@@ -158,11 +153,11 @@ func (c *Controller) related(rs *appsv1.ReplicaSet) []*corev1.Pod {
 }
 
 func (c *Controller) apply(ctx context.Context, rs *appsv1.ReplicaSet, plan Plan) error {
-	ref := metav1.NewControllerRef(rs, Kind)
+	ref, owner := metav1.NewControllerRef(rs, c.kind), c.object(rs)
 	return c.pods.Act(ctx, rs, plan.Create, func(int) error {
-		return c.pods.Control.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, rs, ref)
+		return c.pods.Control.CreatePods(ctx, rs.Namespace, &rs.Spec.Template, owner, ref)
 	}, plan.Delete, func(pod *corev1.Pod) error {
-		return c.pods.Control.DeletePod(ctx, pod.Namespace, pod.Name, rs)
+		return c.pods.Control.DeletePod(ctx, pod.Namespace, pod.Name, owner)
 	})
 }
 
@@ -170,7 +165,7 @@ func (c *Controller) writeStatus(ctx context.Context, rs *appsv1.ReplicaSet, sta
 	if !StatusChanged(rs.Status, status) {
 		return nil
 	}
-	return runner.WriteStatus(ctx, c.Client.AppsV1().ReplicaSets(rs.Namespace), rs, func(rs *appsv1.ReplicaSet) *appsv1.ReplicaSet {
+	return runner.WriteStatus(ctx, c.client(rs.Namespace), rs, func(rs *appsv1.ReplicaSet) *appsv1.ReplicaSet {
 		changed := *rs
 		changed.Status = status
 		return &changed

@@ -45,7 +45,7 @@ func TestActIsSettledWhenSeen(t *testing.T) {
 		{"cannot delete, still creates", 1, nil, []string{"stuck"}, 1, 0, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			queue := &Queue{queue: workqueue.NewTypedRateLimitingQueue(workqueue.DefaultTypedControllerRateLimiter[string]())}
+			queue := &Queue{queue: workqueue.NewTypedDelayingQueue[string]()}
 			defer queue.queue.ShutDown()
 			p := Pods[*appsv1.ReplicaSet]{
 				Kind: kind, Queue: queue,

@@ -27,6 +27,9 @@ import (
 const (
 	firstRetry = 5 * time.Millisecond
 	lastRetry  = time.Minute
+	// longestHold is how long events about a key that keeps failing wait for its next retry. Pods of an owner whose
+	// quota is full change all the time, and each change would be another request to be refused.
+	longestHold = time.Second
 )
 
 // ErrStaleCache is returned by a Sync that saw its cache behind its own writes. It is retried like
@@ -56,7 +59,11 @@ type Queue struct {
 	log     *slog.Logger
 	metrics *Metrics
 	clock   clock.PassiveClock
-	queue   workqueue.TypedRateLimitingInterface[string]
+	queue   workqueue.TypedDelayingInterface[string]
+	retries workqueue.TypedRateLimiter[string]
+
+	mu   sync.Mutex
+	held map[string]time.Time // keys that failed, until when events about them wait
 }
 
 // New makes the queue of the controller called name.
@@ -68,14 +75,53 @@ func New(name string, workers int, deps Deps, sync Sync) *Queue {
 		log:     deps.Log.With("controller", name),
 		metrics: deps.Metrics,
 		clock:   deps.Clock,
-		queue: workqueue.NewTypedRateLimitingQueueWithConfig(
-			workqueue.NewTypedItemExponentialFailureRateLimiter[string](firstRetry, lastRetry),
-			workqueue.TypedRateLimitingQueueConfig[string]{Name: name}),
+		queue:   workqueue.NewTypedDelayingQueueWithConfig(workqueue.TypedDelayingQueueConfig[string]{Name: name, Clock: ticking(deps.Clock)}),
+		retries: workqueue.NewTypedItemExponentialFailureRateLimiter[string](firstRetry, lastRetry),
+		held:    map[string]time.Time{},
 	}
 }
 
-// Add asks for key to be synced as soon as a worker is free.
+// ticking is a clock that can also wake, if c is one; nil stands for the real one.
+func ticking(c clock.PassiveClock) clock.WithTicker {
+	if c, ok := c.(clock.WithTicker); ok {
+		return c
+	}
+	return nil
+}
+
+// Add asks for key to be synced as soon as a worker is free; soon, if its last syncs failed.
 func (q *Queue) Add(key string) { q.queue.Add(key) }
+
+// hold is how much longer events about key have to wait. It is asked when the key's turn has come, as events also
+// come while it is being synced.
+func (q *Queue) hold(key string) time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if until, held := q.held[key]; held {
+		return until.Sub(q.clock.Now())
+	}
+	return 0
+}
+
+// succeeded forgets how often a key has failed.
+func (q *Queue) succeeded(key string) {
+	q.retries.Forget(key)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	delete(q.held, key)
+}
+
+// retry has a failed key synced again, later from time to time. What another writer or the watch settles by an event
+// is not held.
+func (q *Queue) retry(key string, hold bool) {
+	wait := q.retries.When(key)
+	if hold {
+		q.mu.Lock()
+		q.held[key] = q.clock.Now().Add(min(wait, longestHold))
+		q.mu.Unlock()
+	}
+	q.queue.AddAfter(key, wait)
+}
 
 // AddAfter asks for key to be synced once d has passed.
 func (q *Queue) AddAfter(key string, d time.Duration) { q.queue.AddAfter(key, d) }
@@ -110,6 +156,10 @@ func (q *Queue) next(ctx context.Context) bool {
 		return false
 	}
 	defer q.queue.Done(key)
+	if wait := q.hold(key); wait > 0 {
+		q.queue.AddAfter(key, wait)
+		return true
+	}
 
 	start := q.clock.Now()
 	after, err := q.sync(ctx, key)
@@ -118,7 +168,7 @@ func (q *Queue) next(ctx context.Context) bool {
 	switch {
 	case err == nil || apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause):
 		// Nothing can be created in a namespace that is going; its deletion will end this.
-		q.queue.Forget(key)
+		q.succeeded(key)
 		if after > 0 {
 			q.queue.AddAfter(key, after)
 		}
@@ -128,9 +178,9 @@ func (q *Queue) next(ctx context.Context) bool {
 		if isRoutine(err) {
 			q.log.Debug("sync will be retried", "key", key, "err", err)
 		} else {
-			q.log.Warn("sync failed, will be retried", "key", key, "attempts", q.queue.NumRequeues(key)+1, "err", err)
+			q.log.Warn("sync failed, will be retried", "key", key, "attempts", q.retries.NumRequeues(key)+1, "err", err)
 		}
-		q.queue.AddRateLimited(key)
+		q.retry(key, !isRoutine(err))
 	}
 	return true
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package model says, as plainly as possible, what networking.k8s.io/v1 NetworkPolicies mean. Tests compare
+// Package model says, as plainly as possible, what networking.k8s.io/v1 NetworkPolicies and
+// policy.networking.k8s.io/v1beta1 ClusterNetworkPolicies mean. Tests compare
 // with it what the kernel's maps and programs make of them.
 package model
 
@@ -12,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"sigs.k8s.io/network-policy-api/apis/v1beta1"
 )
 
 // Cluster is everything that policies speak of.
@@ -19,6 +21,9 @@ type Cluster struct {
 	Namespaces []*corev1.Namespace
 	Pods       []*corev1.Pod
 	Policies   []*networkingv1.NetworkPolicy
+
+	ClusterPolicies []*v1beta1.ClusterNetworkPolicy
+	Nodes           []*corev1.Node
 }
 
 // Connection is a first packet. Proto is empty for protocols without ports.
@@ -34,6 +39,15 @@ func (c *Cluster) Egress(conn Connection) bool {
 	if from == nil || conn.From == conn.To {
 		return true
 	}
+	tier := func(t v1beta1.Tier) v1beta1.ClusterNetworkPolicyRuleAction {
+		return c.tier(t, from, egressRules, conn, conn.To, c.pod(conn.To))
+	}
+	switch tier(v1beta1.AdminTier) {
+	case accept:
+		return true
+	case deny:
+		return false
+	}
 	isolated := false
 	for _, p := range c.selecting(from, networkingv1.PolicyTypeEgress) {
 		isolated = true
@@ -44,7 +58,7 @@ func (c *Cluster) Egress(conn Connection) bool {
 			}
 		}
 	}
-	return !isolated
+	return !isolated && tier(v1beta1.BaselineTier) != deny
 }
 
 // Ingress says whether the pod that a connection goes to may get it; anybody but a pod may.
@@ -52,6 +66,15 @@ func (c *Cluster) Ingress(conn Connection) bool {
 	to := c.pod(conn.To)
 	if to == nil || conn.From == conn.To {
 		return true
+	}
+	tier := func(t v1beta1.Tier) v1beta1.ClusterNetworkPolicyRuleAction {
+		return c.tier(t, to, ingressRules, conn, conn.From, to)
+	}
+	switch tier(v1beta1.AdminTier) {
+	case accept:
+		return true
+	case deny:
+		return false
 	}
 	isolated := false
 	for _, p := range c.selecting(to, networkingv1.PolicyTypeIngress) {
@@ -62,7 +85,7 @@ func (c *Cluster) Ingress(conn Connection) bool {
 			}
 		}
 	}
-	return !isolated
+	return !isolated && tier(v1beta1.BaselineTier) != deny
 }
 
 func (c *Cluster) pod(a netip.Addr) *corev1.Pod {

@@ -38,6 +38,26 @@ func Set(group string, l Limits) error {
 	return nil
 }
 
+// ErrInUse means that a group uses more memory already than it is to have.
+var ErrInUse = errors.New("cannot decrease memory limits")
+
+// CheckMemory is nil if the group can be limited to that many bytes without a loss: where the new limit is lower than
+// the one it has, and not above what the group uses, it is ErrInUse. Version 2 would end processes of the group to reach
+// the limit, version 1 would refuse it. 0 bytes are no limit.
+func CheckMemory(group string, bytes int64) error {
+	if bytes <= 0 {
+		return nil
+	}
+	s, err := Read(group)
+	if err != nil {
+		return err
+	}
+	if (s.MemoryLimit == 0 || uint64(bytes) < s.MemoryLimit) && s.MemoryBytes >= uint64(bytes) {
+		return fmt.Errorf("%w: attempting to set memory limit (%d) below current usage (%d)", ErrInUse, bytes, s.MemoryBytes)
+	}
+	return nil
+}
+
 // put writes to a file that must exist: cgroupfs answers a try to create one with "permission denied".
 func put(path, value string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)

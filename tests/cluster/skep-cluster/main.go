@@ -2,7 +2,7 @@
 
 // Command skep-cluster keeps nodes of the test harness running, to look at it by hand.
 //
-//	skep-cluster up [-name N] [-agents COUNT] [-no-server] [-- SERVER-FLAGS...]  until ^C; then reset and leak check
+//	skep-cluster up [-name N] [-agents COUNT] [-no-server] [-images DIR] [-- SERVER-FLAGS...]  until ^C; then reset and leak check
 //	skep-cluster exec [-name N] [-outside | -agent 1..COUNT] COMMAND...  inside the node, at its client, or inside an agent
 //	skep-cluster server [-name N] kill|restart
 package main
@@ -40,12 +40,13 @@ func run(args []string) error {
 	outside := flags.Bool("outside", false, "at the client")
 	agents := flags.Int("agents", 0, "how many machines join the server")
 	agent := flags.Int("agent", 0, "in the agent of that number")
+	images := flags.String("images", "", "directory of archives to import in place of the test images")
 	bare := flags.Bool("no-server", false, "start no server")
 	_ = flags.Parse(args[1:]) // exits on errors
 	dir := filepath.Join(os.TempDir(), "skep-cluster-"+*name)
 	switch args[0] {
 	case "up":
-		return up(*name, dir, *bare, *agents, flags.Args())
+		return up(*name, dir, *images, *bare, *agents, flags.Args())
 	case "exec":
 		place := "node"
 		switch {
@@ -119,7 +120,7 @@ func addAgents(ctx context.Context, n *cluster.Node, dir string, count int) (age
 	return agents, nil
 }
 
-func up(name, dir string, bare bool, count int, serverArgs []string) error {
+func up(name, dir, images string, bare bool, count int, serverArgs []string) error {
 	ctx := context.Background()
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2)
@@ -127,7 +128,10 @@ func up(name, dir string, bare bool, count int, serverArgs []string) error {
 	if err != nil {
 		return err
 	}
-	n, err := cluster.NewNode(ctx, cluster.Options{Name: name, Dir: dir, Bin: built.Bin, ImagesDir: built.Images, Args: serverArgs})
+	if images == "" {
+		images = built.Images
+	}
+	n, err := cluster.NewNode(ctx, cluster.Options{Name: name, Dir: dir, Bin: built.Bin, ImagesDir: images, Args: serverArgs})
 	if err != nil {
 		return err
 	}

@@ -2,7 +2,7 @@
 
 // Command client is package tools as a program, for images.
 //
-//	client http|dial|serve|echo|load|connect|first ARG...
+//	client http|dial|serve|echo|load|connect|first|health|csi ARG...
 package main
 
 import (
@@ -14,7 +14,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 || tools.Tools[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: client http|dial|serve|echo|load|connect|first ARG...")
+		fmt.Fprintln(os.Stderr, "usage: client http|dial|serve|echo|load|connect|first|health|csi ARG...")
 		os.Exit(2)
 	}
 	if err := tools.Tools[os.Args[1]](os.Args[2:]); err != nil {

@@ -4,6 +4,7 @@ package pods
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -396,6 +397,22 @@ func newBench(t *testing.T, h *host, client *fake.Clientset) *bench {
 			return false, nil, nil
 		})
 	}
+	// Nor does it know preconditions: a late patch would turn a pod into the one that had its name before.
+	client.PrependReactor("patch", "pods", func(a clienttesting.Action) (bool, kuberuntime.Object, error) {
+		var said corev1.Pod
+		patch := a.(clienttesting.PatchAction)
+		if err := json.Unmarshal(patch.GetPatch(), &said); err != nil {
+			return true, nil, err
+		}
+		o, err := client.Tracker().Get(a.GetResource(), a.GetNamespace(), patch.GetName())
+		if err != nil {
+			return true, nil, err
+		}
+		if have := o.(*corev1.Pod); said.UID != "" && said.UID != have.UID {
+			return true, nil, apierrors.NewConflict(corev1.Resource("pods"), have.Name, fmt.Errorf("uid %s, not %s", have.UID, said.UID))
+		}
+		return false, nil, nil
+	})
 	w, err := client.CoreV1().Pods("").Watch(ctx, metav1.ListOptions{})
 	if err != nil {
 		t.Fatal(err)

@@ -68,13 +68,16 @@ func (w *worker) report(o *Observed, p *Plan) {
 		w.post(func() {
 			delete(w.ops, statusKey)
 			cancel()
-			w.wrote(written, desired, err)
+			w.wrote(pod, written, desired, err)
 		})
 	}()
 }
 
-func (w *worker) wrote(written *corev1.Pod, desired corev1.PodStatus, err error) {
-	switch {
+// wrote takes in what came of writing the status desired into pod, which is written now.
+func (w *worker) wrote(pod, written *corev1.Pod, desired corev1.PodStatus, err error) {
+	switch now := w.api(); {
+	case now == nil || now.UID != pod.UID:
+		// Another mirror shows the static pod by now: it was told nothing, and waits for nothing.
 	case err == nil:
 		w.retries.forget(statusKey)
 		w.reported = &desired

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -142,6 +143,28 @@ func (h boxes) has(uid types.UID) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.boxes[uid] != nil
+}
+
+// What comes of writing status into a mirror that is gone, and comes late, changes nothing for the one in its place.
+func TestLateWordOfMirror(t *testing.T) {
+	before, after := staticNamed("p", "one"), staticNamed("p", "one")
+	before.UID, after.UID = "api-1", "api-2"
+	before.ResourceVersion, after.ResourceVersion = "1", "2"
+	for _, c := range []struct {
+		name    string
+		written *corev1.Pod
+		err     error
+	}{
+		{"it was written in time", before, nil},
+		{"the mirror was gone", nil, apierrors.NewNotFound(corev1.Resource("pods"), "p")},
+		{"another had its name", nil, apierrors.NewConflict(corev1.Resource("pods"), "p", errors.New("uid"))},
+	} {
+		w := &worker{set: &Set{ctx: t.Context()}, static: "one", pod: staticNamed("p", "one"), mirror: after, retries: retries{}}
+		w.wrote(before, c.written, corev1.PodStatus{Phase: corev1.PodRunning}, c.err)
+		if w.mirror != after || w.reported != nil || !w.retries.due(statusKey, time.Now()) {
+			t.Errorf("%s: mirror %s, reported %v, retries %v", c.name, w.mirror.UID, w.reported, w.retries)
+		}
+	}
 }
 
 // A mirror without a static pod is from an agent that had one, or somebody's invention.

@@ -87,7 +87,8 @@ type container struct {
 	op   sync.Mutex
 	done chan struct{} // closed once the process has ended and status says how
 
-	ready func(context.Context) error // of ContainerSpec
+	ready    func(context.Context) error // of ContainerSpec
+	taskLeft bool                        // containerd would not delete its task; guarded by op
 
 	mu     sync.Mutex
 	status status

@@ -94,6 +94,11 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 	for _, m := range mounts {
 		request.Rootfs = append(request.Rootfs, &containerdtypes.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
 	}
+	if c.taskLeft {
+		if err := r.deleteTask(ctx, c); err != nil {
+			return 0, err
+		}
+	}
 	tasks := r.client.TaskService()
 	for try := 0; ; try++ {
 		_, err := tasks.Create(ctx, request)
@@ -109,7 +114,7 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 		if err != nil {
 			end := context.WithoutCancel(ctx)
 			_, _ = tasks.Kill(end, &tasksapi.KillRequest{ContainerID: c.id, Signal: uint32(unix.SIGKILL), All: true})
-			_, _ = tasks.Delete(end, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+			r.deleteTaskOrTell(end, c)
 		}
 	}()
 	steps.Passed(ctx, "container: task created")
@@ -154,14 +159,41 @@ func (r *Runtime) harvest(c *container) {
 
 // reap is harvest's work; c.op is held.
 func (r *Runtime) reap(ctx context.Context, c *container) {
-	_, err := r.client.TaskService().Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+	r.deleteTaskOrTell(ctx, c)
 	if ctx.Err() != nil {
 		return
 	}
-	if err != nil && !errdefs.IsNotFound(errgrpc.ToNative(err)) {
-		r.log.Warn("task of an ended container is not deleted", "container", c.def.Name, "pod", c.def.PodName, "namespace", c.def.PodNamespace, "error", err)
-	}
 	r.ended(c)
+}
+
+// deleteTries is how often a task is deleted before that waits for the container's removal. containerd gives a shim
+// three seconds to end, in which one on a busy machine may not.
+const deleteTries = 3
+
+// deleteTask deletes the task of a container whose process has ended, and with the last of a pod its shim; one that does
+// not exist is no error. c.op is held.
+func (r *Runtime) deleteTask(ctx context.Context, c *container) error {
+	var err error
+	for range deleteTries {
+		_, err = r.client.TaskService().Delete(ctx, &tasksapi.DeleteTaskRequest{ContainerID: c.id})
+		err = errgrpc.ToNative(err)
+		if err == nil || errdefs.IsNotFound(err) {
+			c.taskLeft = false
+			return nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	c.taskLeft = true
+	return fmt.Errorf("delete the task of container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, err)
+}
+
+// deleteTaskOrTell is deleteTask for those whom a task that stays does not keep from going on: it goes with the container.
+func (r *Runtime) deleteTaskOrTell(ctx context.Context, c *container) {
+	if err := r.deleteTask(ctx, c); err != nil && ctx.Err() == nil {
+		r.log.Warn("the task of an ended container stays until the container is removed", "error", err)
+	}
 }
 
 // ended settles how a container ended: by what its shim wrote, if it could.
@@ -269,6 +301,11 @@ func (r *Runtime) Remove(ctx context.Context, id string) error {
 		c.op.Unlock() // a start was under way
 	}
 	defer c.op.Unlock()
+	if c.taskLeft {
+		if err := r.deleteTask(ctx, c); err != nil {
+			return err
+		}
+	}
 	if err := r.erase(ctx, id); err != nil {
 		return fmt.Errorf("remove container %s of pod %s/%s: %w", c.def.Name, c.def.PodNamespace, c.def.PodName, err)
 	}

@@ -14,7 +14,6 @@ import (
 	"runtime/debug"
 	"slices"
 	"strconv"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -181,7 +180,6 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	return runParts(ctx, log, append(a.parts(),
 		part{"certificates", identity.Run},
 		part{"pacer", pace.run},
-		part{"settle", func(ctx context.Context) error { settle(ctx, log); return nil }},
 	))
 }
 
@@ -248,14 +246,4 @@ func untilStopped(ctx context.Context, err error) error {
 		return nil
 	}
 	return err
-}
-
-// settle gives memory back once starting is over.
-func settle(ctx context.Context, log *slog.Logger) {
-	select {
-	case <-time.After(10 * time.Second): // nothing says when the last informer has read its first list
-	case <-ctx.Done():
-		return
-	}
-	giveBackMemory(log)
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"debug/elf"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,7 +22,7 @@ import (
 // hardly change, so collections are rare and the head-room of the default would stay unused.
 const gcPercent = 50
 
-// giveBackMemory returns what only starting needed: the garbage of first lists and of OpenAPI, and
+// giveBackMemory returns what only past work needed, starting above all: the garbage of first lists and of OpenAPI, and
 // the pages of the binary that hold initialisation code and tables.
 func giveBackMemory(log *slog.Logger) {
 	debug.FreeOSMemory()
@@ -32,7 +33,8 @@ func giveBackMemory(log *slog.Logger) {
 
 // dropBinaryPages unmaps the read-only pages of the executable. They stay in the page cache, and
 // the next use of one maps it again: after a start that is a third of them (madvise(2),
-// MADV_DONTNEED on a private file mapping). A binary that the dynamic linker relocates, as with cgo,
+// MADV_DONTNEED on a private file mapping). Where the page cache holds the binary in huge pages, as it does for one just
+// written, a use would map 2 MiB, hence MADV_NOHUGEPAGE (Linux 6.12 heeds it for files). A binary that the dynamic linker relocates, as with cgo,
 // is left alone: its read-only pages were written to before they became read-only (RELRO).
 func dropBinaryPages() error {
 	if relocated, err := isRelocated("/proc/self/exe"); err != nil || relocated {
@@ -52,8 +54,12 @@ func dropBinaryPages() error {
 		return err
 	}
 	for _, r := range ranges {
-		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, r.start, r.end-r.start, unix.MADV_DONTNEED); errno != 0 {
-			return fmt.Errorf("madvise: %w", errno)
+		// EINVAL: a kernel without huge pages.
+		if err := r.advise(unix.MADV_NOHUGEPAGE); err != nil && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+		if err := r.advise(unix.MADV_DONTNEED); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -71,6 +77,13 @@ func isRelocated(binary string) (bool, error) {
 }
 
 type addressRange struct{ start, end uintptr }
+
+func (r addressRange) advise(advice uintptr) error {
+	if _, _, errno := unix.Syscall(unix.SYS_MADVISE, r.start, r.end-r.start, advice); errno != 0 {
+		return fmt.Errorf("madvise %d: %w", advice, errno)
+	}
+	return nil
+}
 
 // readOnlyMappings finds, in the format of /proc/PID/maps, the mappings of file that cannot have
 // been written to: dropping one that was would lose data.

@@ -331,7 +331,6 @@ func (p *process) announce(ctx context.Context, started time.Time) error {
 		}
 	}
 	p.log.Info("the API is ready", "url", url, "kubeconfig", p.settings.kubeconfigPath, "after", time.Since(started).Round(time.Millisecond))
-	settle(ctx, p.log)
 	return nil
 }
 

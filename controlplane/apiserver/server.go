@@ -15,6 +15,7 @@ import (
 	"k8s.io/apiserver/pkg/authentication/user"
 	"k8s.io/apiserver/pkg/authorization/authorizer"
 	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	aggregatorapiserver "k8s.io/kube-aggregator/pkg/apiserver"
@@ -36,7 +37,8 @@ type Server struct {
 	identities *identities
 	presets    *podpreset.Plugin
 	loopback   *rest.Config // acts as the server itself
-	encryption *atRest      // nil if nothing is encrypted
+	informers  informers.SharedInformerFactory
+	encryption *atRest // nil if nothing is encrypted
 	host       string
 	listener   net.Listener
 	ready      chan struct{}
@@ -104,7 +106,7 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 		return err
 	}
 	reportWrites(g.config, s.cfg.OnWrite)
-	s.loopback, s.encryption = loopback, g.encryption
+	s.loopback, s.encryption, s.informers = loopback, g.encryption, g.informers
 	s.openAPI, s.authorizer = g.config.OpenAPIV3Config, g.config.Authorization.Authorizer
 	if s.aggregator, err = buildChain(o, g, s.cfg.Log); err != nil {
 		return err
@@ -121,6 +123,10 @@ func (s *Server) assemble(ctx context.Context, certs certificates, listener net.
 func (s *Server) ClientConfig(userName string, groups ...string) *rest.Config {
 	return inProcessConfig(s.transport, s.host, s.identities.token(userName, groups))
 }
+
+// Informers are those that the server itself follows kinds by, for others in this process to add to: they start with the
+// server, and what is added later by whoever adds it. Objects come without managed fields, and are not to be changed.
+func (s *Server) Informers() informers.SharedInformerFactory { return s.informers }
 
 // Ready is closed once /readyz has answered ok and skep's own parts may do what their roles say.
 func (s *Server) Ready() <-chan struct{} { return s.ready }

@@ -34,7 +34,7 @@ import (
 type Config struct {
 	// Client acts as api.BootstrapUser: it records events and creates the bootstrap objects.
 	Client kubernetes.Interface
-	// Registered, if set, is closed once every controller has its handlers. Nobody may start Informers before.
+	// Registered, if set, is closed once every controller has its handlers, which is when the rest of the process may start Informers.
 	Registered chan<- struct{}
 	// RESTConfig gives the configuration of a client that acts as the named user. Each controller has its own,
 	// named like upstream's service accounts, so that the bootstrap policy grants it just what it needs.
@@ -42,6 +42,8 @@ type Config struct {
 	// Informers are shared with the rest of the process. Run starts those that it uses; they end with Run's
 	// context.
 	Informers informers.SharedInformerFactory
+	// ServersInformers says that Informers are those of the API server, which has some running already.
+	ServersInformers bool
 
 	// ClusterCIDRs are the pods' ranges, one a family; NodeMaskIPv4 and NodeMaskIPv6 the prefix lengths of a
 	// node's share, by default 24 and 64.

@@ -4,14 +4,25 @@ package controllers
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
+	autoscalingv2 "k8s.io/api/autoscaling/v2"
 	batchv1 "k8s.io/api/batch/v1"
+	certificatesv1 "k8s.io/api/certificates/v1"
+	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	flowcontrolv1 "k8s.io/api/flowcontrol/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	nodev1 "k8s.io/api/node/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	resourcev1 "k8s.io/api/resource/v1"
+	schedulingv1 "k8s.io/api/scheduling/v1"
+	storagev1 "k8s.io/api/storage/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -29,33 +40,51 @@ import (
 // resources and so on) only the metadata is kept.
 type kinds struct {
 	full     informers.SharedInformerFactory
+	server   bool // full has what the API server watches, too
 	metadata metadatainformer.SharedInformerFactory
 	mapper   meta.ResettableRESTMapper
 	started  chan struct{}
 	once     sync.Once
 }
 
-// inFull are kinds that skep watches in full, or whose spec quotas count by.
-var inFull = map[schema.GroupVersionResource]bool{
-	corev1.SchemeGroupVersion.WithResource("pods"):                   true,
-	corev1.SchemeGroupVersion.WithResource("services"):               true,
-	corev1.SchemeGroupVersion.WithResource("endpoints"):              true,
-	corev1.SchemeGroupVersion.WithResource("nodes"):                  true,
-	corev1.SchemeGroupVersion.WithResource("namespaces"):             true,
-	corev1.SchemeGroupVersion.WithResource("serviceaccounts"):        true,
-	corev1.SchemeGroupVersion.WithResource("resourcequotas"):         true,
-	corev1.SchemeGroupVersion.WithResource("persistentvolumeclaims"): true,
-	corev1.SchemeGroupVersion.WithResource("configmaps"):             true,
-	appsv1.SchemeGroupVersion.WithResource("deployments"):            true,
-	appsv1.SchemeGroupVersion.WithResource("replicasets"):            true,
-	appsv1.SchemeGroupVersion.WithResource("daemonsets"):             true,
-	appsv1.SchemeGroupVersion.WithResource("statefulsets"):           true,
-	appsv1.SchemeGroupVersion.WithResource("controllerrevisions"):    true,
-	batchv1.SchemeGroupVersion.WithResource("cronjobs"):              true,
-	batchv1.SchemeGroupVersion.WithResource("jobs"):                  true,
-	discoveryv1.SchemeGroupVersion.WithResource("endpointslices"):    true,
-	networkingv1.SchemeGroupVersion.WithResource("ingresses"):        true,
-	resourcev1.SchemeGroupVersion.WithResource("resourceclaims"):     true,
+// inFull are kinds that controllers watch in full, or whose spec quotas count by.
+var inFull = resources{
+	corev1.GroupName: {
+		"configmaps", "endpoints", "namespaces", "nodes", "persistentvolumeclaims", "persistentvolumes", "pods", "replicationcontrollers",
+		"resourcequotas", "serviceaccounts", "services",
+	},
+	appsv1.GroupName:         {"controllerrevisions", "daemonsets", "deployments", "replicasets", "statefulsets"},
+	autoscalingv2.GroupName:  {"horizontalpodautoscalers"},
+	batchv1.GroupName:        {"cronjobs", "jobs"},
+	certificatesv1.GroupName: {"certificatesigningrequests"},
+	discoveryv1.GroupName:    {"endpointslices"},
+	networkingv1.GroupName:   {"ingresses"},
+	policyv1.GroupName:       {"poddisruptionbudgets"},
+	resourcev1.GroupName:     {"resourceclaims"},
+	storagev1.GroupName:      {"csidrivers", "csinodes", "storageclasses", "volumeattachments", "volumeattributesclasses"},
+}
+
+// byServer are kinds that the API server watches in full, or the node of the same process.
+var byServer = resources{
+	corev1.GroupName: {"limitranges", "secrets"},
+	admissionv1.GroupName: {
+		"mutatingadmissionpolicies", "mutatingadmissionpolicybindings", "mutatingwebhookconfigurations",
+		"validatingadmissionpolicies", "validatingadmissionpolicybindings", "validatingwebhookconfigurations",
+	},
+	coordinationv1.GroupName: {"leases"},
+	flowcontrolv1.GroupName:  {"flowschemas", "prioritylevelconfigurations"},
+	networkingv1.GroupName:   {"ingressclasses", "ipaddresses", "networkpolicies", "servicecidrs"},
+	nodev1.GroupName:         {"runtimeclasses"},
+	rbacv1.GroupName:         {"clusterrolebindings", "clusterroles", "rolebindings", "roles"},
+	resourcev1.GroupName:     {"deviceclasses", "resourceslices"},
+	schedulingv1.GroupName:   {"priorityclasses"},
+}
+
+// resources are names of kinds by API group.
+type resources map[string][]string
+
+func (r resources) has(resource schema.GroupVersionResource) bool {
+	return slices.Contains(r[resource.Group], resource.Resource)
 }
 
 func newKinds(cfg Config) (*kinds, error) {
@@ -74,6 +103,7 @@ func newKinds(cfg Config) (*kinds, error) {
 	}
 	return &kinds{
 		full:     cfg.Informers,
+		server:   cfg.ServersInformers,
 		metadata: metadatainformer.NewSharedInformerFactoryWithOptions(objects, 0, metadatainformer.WithTransform(identityOnly)),
 		mapper:   restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(discover)),
 		started:  make(chan struct{}),
@@ -91,8 +121,11 @@ func identityOnly(object any) (any, error) {
 
 // ForResource implements informerfactory.InformerFactory.
 func (k *kinds) ForResource(resource schema.GroupVersionResource) (informers.GenericInformer, error) {
-	if inFull[resource] {
-		return k.full.ForResource(resource)
+	if inFull.has(resource) || k.server && byServer.has(resource) {
+		informer, err := k.full.ForResource(resource)
+		if err == nil {
+			return informer, nil
+		} // a version that the clients do not know
 	}
 	return k.metadata.ForResource(resource), nil
 }

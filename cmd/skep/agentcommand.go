@@ -11,7 +11,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strconv"
 
@@ -122,9 +121,7 @@ func runAgent(ctx context.Context, s agentSettings, log *slog.Logger) error {
 	if err := checkFormat(s.dataDir); err != nil {
 		return err
 	}
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	collectAt(gcPercent)
 	identity, err := join.Join(ctx, join.Config{
 		Server: s.server, Token: s.token, NodeName: s.nodeName, NodeIPs: s.nodeIPs,
 		Dir: filepath.Join(s.dataDir, "agent"), UserAgent: "skep/" + skepVersion, Log: log.With("part", "join"),

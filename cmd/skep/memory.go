@@ -19,8 +19,19 @@ import (
 )
 
 // gcPercent trades a little processor time for memory: most of the heap are caches of objects that
-// hardly change, so collections are rare and the head-room of the default would stay unused.
-const gcPercent = 50
+// hardly change, so collections are rare and the head-room of the default would stay unused. While nothing happens
+// even less is enough: then the runtime collects every two minutes in any case.
+const (
+	gcPercent      = 50
+	quietGCPercent = 25
+)
+
+// collectAt lets the heap grow by percent between collections, unless the environment says by how much.
+func collectAt(percent int) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(percent)
+	}
+}
 
 // giveBackMemory returns what only past work needed, starting above all: the garbage of first lists and of OpenAPI, and
 // the pages of the binary that hold initialisation code and tables.

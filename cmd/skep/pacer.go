@@ -97,10 +97,11 @@ func (p *pacer) run(ctx context.Context) error {
 			continue
 		}
 		p.late.Store(late) // first: what comes now has to hurry
-		slack := preciseTimers
+		slack, percent := preciseTimers, gcPercent
 		if late {
-			slack = lateTimers
+			slack, percent = lateTimers, quietGCPercent
 		}
+		collectAt(percent)
 		if err := setSlack(slack); err != nil {
 			p.log.Info("timers stay precise, which costs an idle server processor time", "error", err)
 			setSlack = func(time.Duration) error { return nil }

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"strconv"
 	"time"
 
@@ -76,9 +75,7 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 		return fmt.Errorf("%s is an agent's: this machine has joined another server's cluster; `skep reset` takes it out", s.dataDir)
 	}
 	started := time.Now()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	collectAt(gcPercent)
 	member, err := findMembership(ctx, s, log)
 	if err != nil {
 		return untilStopped(ctx, err)

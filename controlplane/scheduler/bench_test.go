@@ -11,7 +11,6 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
-	"k8s.io/client-go/tools/record"
 )
 
 const (
@@ -136,7 +135,7 @@ func BenchmarkSchedule(b *testing.B) {
 	for b.Loop() {
 		b.StopTimer()
 		s, err := newScheduler(Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler)},
-			record.NewFakeRecorder(0))
+			noEvents)
 		if err != nil {
 			b.Fatal(err)
 		}

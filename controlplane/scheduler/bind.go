@@ -33,7 +33,7 @@ func (s *Scheduler) bind(item *pending, nodeName string, how *choice) {
 		s.mu.Unlock()
 		s.metrics.placed(s.now().Sub(item.since), item.attempts)
 		s.log.Debug("pod bound", "pod", p.key, "node", nodeName)
-		s.recorder.Eventf(p.object, v1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s%s", p.key.Namespace, p.key.Name, nodeName, how)
+		s.recorder.of(p.object).Eventf(p.object, v1.EventTypeNormal, "Scheduled", "Successfully assigned %s/%s to %s%s", p.key.Namespace, p.key.Name, nodeName, how)
 		return
 	}
 	s.bindingFailed(item, nodeName, fmt.Errorf("running Bind plugin %q: %w", "DefaultBinder", err))
@@ -165,5 +165,5 @@ func (s *Scheduler) evict(victim, p *pod, nodeName string) {
 		return
 	}
 	s.log.Info("pod preempted", "victim", victim.key, "for", p.key, "node", nodeName)
-	s.recorder.Eventf(victim.object, v1.EventTypeNormal, "Preempted", "Preempted by pod %s on node %s", p.uid, nodeName)
+	s.recorder.of(p.object).Eventf(victim.object, v1.EventTypeNormal, "Preempted", "Preempted by pod %s on node %s", p.uid, nodeName)
 }

@@ -15,7 +15,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
-	"k8s.io/client-go/tools/record"
 	"pgregory.net/rapid"
 )
 
@@ -32,7 +31,7 @@ func TestNeverOvercommits(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		client := fake.NewClientset()
 		s, err := newScheduler(Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler)},
-			record.NewFakeRecorder(0))
+			noEvents)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -208,7 +207,7 @@ func TestNobodySleepsWhileFitting(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		client := fake.NewClientset()
 		s, err := newScheduler(Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler)},
-			record.NewFakeRecorder(0))
+			noEvents)
 		if err != nil {
 			t.Fatal(err)
 		}

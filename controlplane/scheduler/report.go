@@ -13,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/workqueue"
 )
 
@@ -36,7 +35,7 @@ type report struct {
 // that wait, only the last is written.
 type reporter struct {
 	client   kubernetes.Interface
-	recorder record.EventRecorder
+	recorder recorders
 	log      *slog.Logger
 	queue    workqueue.TypedInterface[types.UID]
 
@@ -44,7 +43,7 @@ type reporter struct {
 	latest map[types.UID]report
 }
 
-func newReporter(client kubernetes.Interface, recorder record.EventRecorder, log *slog.Logger) *reporter {
+func newReporter(client kubernetes.Interface, recorder recorders, log *slog.Logger) *reporter {
 	return &reporter{
 		client: client, recorder: recorder, log: log,
 		queue:  workqueue.NewTyped[types.UID](),
@@ -90,7 +89,7 @@ func (r *reporter) write(ctx context.Context, uid types.UID) {
 	if len(message) > noteLimit {
 		message = message[:noteLimit-len(" ...")] + " ..."
 	}
-	r.recorder.Event(what.pod, v1.EventTypeWarning, "FailedScheduling", message)
+	r.recorder.of(what.pod).Event(what.pod, v1.EventTypeWarning, "FailedScheduling", message)
 	condition := v1.PodCondition{Type: v1.PodScheduled, Status: v1.ConditionFalse, Reason: what.reason, Message: what.message}
 	if err := patchCondition(ctx, r.client, what.pod, condition, &what.nominated); err != nil && !apierrors.IsNotFound(err) && ctx.Err() == nil {
 		r.log.Warn("telling why a pod is not scheduled failed; it is told again at the next attempt",

@@ -53,7 +53,7 @@ type Config struct {
 type Scheduler struct {
 	client   kubernetes.Interface
 	log      *slog.Logger
-	recorder record.EventRecorder
+	recorder recorders
 	budgets  policylisters.PodDisruptionBudgetLister
 	metrics  *metrics
 	reports  *reporter
@@ -84,7 +84,9 @@ func Run(ctx context.Context, cfg Config) error {
 	broadcaster := record.NewBroadcaster() // not ended by ctx: what is being bound then is still told
 	defer broadcaster.Shutdown()
 	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: cfg.Client.CoreV1().Events("")})
-	s, err := newScheduler(cfg, broadcaster.NewRecorder(scheme.Scheme, v1.EventSource{Component: Name}))
+	s, err := newScheduler(cfg, func(scheduler string) record.EventRecorder {
+		return broadcaster.NewRecorder(scheme.Scheme, v1.EventSource{Component: scheduler})
+	})
 	if err != nil {
 		return err
 	}
@@ -108,7 +110,12 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-func newScheduler(cfg Config, recorder record.EventRecorder) (*Scheduler, error) {
+// recorders make what records events as a scheduler: the one that the pod named, whose profile decided.
+type recorders func(scheduler string) record.EventRecorder
+
+func (r recorders) of(pod *v1.Pod) record.EventRecorder { return r(pod.Spec.SchedulerName) }
+
+func newScheduler(cfg Config, recorder recorders) (*Scheduler, error) {
 	s := &Scheduler{
 		client:   cfg.Client,
 		log:      cfg.Log,

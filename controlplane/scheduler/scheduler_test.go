@@ -138,13 +138,18 @@ func (c *cluster) waits(pod, message string) {
 
 func (c *cluster) event(reason, message string) {
 	c.t.Helper()
+	c.eventFrom(Name, reason, message)
+}
+
+func (c *cluster) eventFrom(scheduler, reason, message string) {
+	c.t.Helper()
 	c.eventually("event "+reason+" "+message, func() bool {
 		events, err := c.client.CoreV1().Events("default").List(c.ctx, metav1.ListOptions{})
 		if err != nil {
 			return false
 		}
 		for _, e := range events.Items {
-			if e.Reason == reason && strings.HasPrefix(e.Message, message) && e.Source.Component == "default-scheduler" {
+			if e.Reason == reason && strings.HasPrefix(e.Message, message) && e.Source.Component == scheduler {
 				return true
 			}
 		}
@@ -220,7 +225,7 @@ func TestProfilesOfOneScheduler(t *testing.T) {
 	c := startClusterOf(t, mustParse(t, packing), testNode("empty"), testNode("half"), testPod("there", onNode("half"), asks("cpu", "2", "memory", "4Gi")))
 	c.create(testPod("packed", bySchedulerNamed("packing"), asks("cpu", "1", "memory", "2Gi")))
 	c.isOn("packed", "half")
-	c.event("Scheduled", "Successfully assigned default/packed to half, with a score of 1050 the best of 2 that fit; next is empty with 550 (NodeResourcesFit 750, there 250)")
+	c.eventFrom("packing", "Scheduled", "Successfully assigned default/packed to half, with a score of 1050 the best of 2 that fit; next is empty with 550 (NodeResourcesFit 750, there 250)")
 	c.create(testPod("spread", asks("cpu", "1", "memory", "2Gi")))
 	c.isOn("spread", "empty")
 	c.create(testPod("others", bySchedulerNamed("mine")))
@@ -230,6 +235,9 @@ func TestProfilesOfOneScheduler(t *testing.T) {
 		t.Errorf("a pod of a scheduler that is not configured was bound to %s", on)
 	}
 }
+
+// noEvents is for tests that do not look at them.
+func noEvents(string) record.EventRecorder { return record.NewFakeRecorder(0) }
 
 func TestFailedBindings(t *testing.T) {
 	c := startCluster(t)
@@ -266,7 +274,7 @@ func TestPreempts(t *testing.T) {
 func TestAnotherPodOfTheSameName(t *testing.T) {
 	client := fake.NewClientset()
 	s, err := newScheduler(Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler)},
-		record.NewFakeRecorder(0))
+		noEvents)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,7 +11,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes/fake"
-	"k8s.io/client-go/tools/record"
 	"k8s.io/component-helpers/storage/volume"
 )
 
@@ -122,7 +121,7 @@ func TestVolumes(t *testing.T) {
 func TestVolumesWake(t *testing.T) {
 	client := fake.NewClientset()
 	s, err := newScheduler(Config{Client: client, Informers: informers.NewSharedInformerFactory(client, 0), Log: slog.New(slog.DiscardHandler)},
-		record.NewFakeRecorder(0))
+		noEvents)
 	if err != nil {
 		t.Fatal(err)
 	}

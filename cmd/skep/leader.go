@@ -148,7 +148,9 @@ func (p *process) leaderParts(factory informers.SharedInformerFactory, registere
 		return nil, err
 	}
 	config.Informers, config.Registered, config.Metrics = factory, registered, metrics
-	config.ServersInformers = factory == p.informers
+	if p.member == nil { // whoever leads for a while would leave its handlers there
+		config.ServersInformers = p.server.Informers()
+	}
 	return []part{
 		once(p.server.Ready(), "controllers", func(ctx context.Context) error { return controllers.Run(ctx, config) }),
 		once(registered, "scheduler", func(ctx context.Context) error {

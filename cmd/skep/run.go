@@ -145,7 +145,11 @@ func runServer(ctx context.Context, s serverSettings, log *slog.Logger) error {
 
 // parts lists everything that runs in this process: the place to add a part.
 func (p *process) parts(ctx context.Context) ([]part, error) {
-	p.informers = p.server.Informers()
+	shared, err := p.client(api.InformersUser)
+	if err != nil {
+		return nil, err
+	}
+	p.informers = informers.NewSharedInformerFactoryWithOptions(shared, 0, informers.WithTransform(dropManagedFields))
 	agent, err := p.newAgent()
 	if err != nil {
 		return nil, err

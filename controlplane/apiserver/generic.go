@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	noopoteltrace "go.opentelemetry.io/otel/trace/noop"
 	apiextensionsapiserver "k8s.io/apiextensions-apiserver/pkg/apiserver"
@@ -69,8 +70,7 @@ func buildGeneric(ctx context.Context, o options.CompletedOptions, access *Acces
 	if err != nil {
 		return g, fmt.Errorf("in-process client: %w", err)
 	}
-	// Without a resync, unlike upstream's: nothing here needs to be told again what it was told.
-	g.informers = informers.NewSharedInformerFactoryWithOptions(client, 0, informers.WithTransform(dropManagedFields))
+	g.informers = informers.NewSharedInformerFactoryWithOptions(client, 10*time.Minute, informers.WithTransform(dropManagedFields))
 
 	if err := o.Features.ApplyTo(config, client, g.informers); err != nil {
 		return g, err

@@ -124,8 +124,8 @@ func (s *Server) ClientConfig(userName string, groups ...string) *rest.Config {
 	return inProcessConfig(s.transport, s.host, s.identities.token(userName, groups))
 }
 
-// Informers are those that the server itself follows kinds by, for others in this process to add to: they start with the
-// server, and what is added later by whoever adds it. Objects come without managed fields, and are not to be changed.
+// Informers are those that the server itself follows kinds by; they start with it. Others in this process may add handlers
+// that can do with being called at once. Objects come without managed fields, and are not to be changed.
 func (s *Server) Informers() informers.SharedInformerFactory { return s.informers }
 
 // Ready is closed once /readyz has answered ok and skep's own parts may do what their roles say.

@@ -34,7 +34,7 @@ import (
 type Config struct {
 	// Client acts as api.BootstrapUser: it records events and creates the bootstrap objects.
 	Client kubernetes.Interface
-	// Registered, if set, is closed once every controller has its handlers, which is when the rest of the process may start Informers.
+	// Registered, if set, is closed once every controller has its handlers. Nobody may start Informers before.
 	Registered chan<- struct{}
 	// RESTConfig gives the configuration of a client that acts as the named user. Each controller has its own,
 	// named like upstream's service accounts, so that the bootstrap policy grants it just what it needs.
@@ -42,8 +42,10 @@ type Config struct {
 	// Informers are shared with the rest of the process. Run starts those that it uses; they end with Run's
 	// context.
 	Informers informers.SharedInformerFactory
-	// ServersInformers says that Informers are those of the API server, which has some running already.
-	ServersInformers bool
+	// ServersInformers, if set, are the API server's, which run: the collectors of every kind use them, for what the server
+	// follows anyway. They are apart from Informers because upstream's controllers are called by theirs as soon as these
+	// run, and then may not be complete yet.
+	ServersInformers informers.SharedInformerFactory
 
 	// ClusterCIDRs are the pods' ranges, one a family; NodeMaskIPv4 and NodeMaskIPv6 the prefix lengths of a
 	// node's share, by default 24 and 64.

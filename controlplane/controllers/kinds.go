@@ -40,14 +40,14 @@ import (
 // resources and so on) only the metadata is kept.
 type kinds struct {
 	full     informers.SharedInformerFactory
-	server   bool // full has what the API server watches, too
+	server   informers.SharedInformerFactory // may be nil
 	metadata metadatainformer.SharedInformerFactory
 	mapper   meta.ResettableRESTMapper
 	started  chan struct{}
 	once     sync.Once
 }
 
-// inFull are kinds that controllers watch in full, or whose spec quotas count by.
+// inFull are kinds that controllers watch in full, or a node beside them, or whose spec quotas count by.
 var inFull = resources{
 	corev1.GroupName: {
 		"configmaps", "endpoints", "namespaces", "nodes", "persistentvolumeclaims", "persistentvolumes", "pods", "replicationcontrollers",
@@ -58,13 +58,13 @@ var inFull = resources{
 	batchv1.GroupName:        {"cronjobs", "jobs"},
 	certificatesv1.GroupName: {"certificatesigningrequests"},
 	discoveryv1.GroupName:    {"endpointslices"},
-	networkingv1.GroupName:   {"ingresses"},
+	networkingv1.GroupName:   {"ingresses", "networkpolicies"},
 	policyv1.GroupName:       {"poddisruptionbudgets"},
 	resourcev1.GroupName:     {"resourceclaims"},
 	storagev1.GroupName:      {"csidrivers", "csinodes", "storageclasses", "volumeattachments", "volumeattributesclasses"},
 }
 
-// byServer are kinds that the API server watches in full, or the node of the same process.
+// byServer are kinds that the API server watches in full and no controller does.
 var byServer = resources{
 	corev1.GroupName: {"limitranges", "secrets"},
 	admissionv1.GroupName: {
@@ -73,7 +73,7 @@ var byServer = resources{
 	},
 	coordinationv1.GroupName: {"leases"},
 	flowcontrolv1.GroupName:  {"flowschemas", "prioritylevelconfigurations"},
-	networkingv1.GroupName:   {"ingressclasses", "ipaddresses", "networkpolicies", "servicecidrs"},
+	networkingv1.GroupName:   {"ingressclasses", "ipaddresses", "servicecidrs"},
 	nodev1.GroupName:         {"runtimeclasses"},
 	rbacv1.GroupName:         {"clusterrolebindings", "clusterroles", "rolebindings", "roles"},
 	resourcev1.GroupName:     {"deviceclasses", "resourceslices"},
@@ -121,9 +121,15 @@ func identityOnly(object any) (any, error) {
 
 // ForResource implements informerfactory.InformerFactory.
 func (k *kinds) ForResource(resource schema.GroupVersionResource) (informers.GenericInformer, error) {
-	if inFull.has(resource) || k.server && byServer.has(resource) {
-		informer, err := k.full.ForResource(resource)
-		if err == nil {
+	var factory informers.SharedInformerFactory
+	switch {
+	case inFull.has(resource):
+		factory = k.full
+	case k.server != nil && byServer.has(resource):
+		factory = k.server
+	}
+	if factory != nil {
+		if informer, err := factory.ForResource(resource); err == nil {
 			return informer, nil
 		} // a version that the clients do not know
 	}
@@ -133,6 +139,9 @@ func (k *kinds) ForResource(resource schema.GroupVersionResource) (informers.Gen
 // Start implements informerfactory.InformerFactory: the collectors call it whenever they learn of a new kind.
 func (k *kinds) Start(stop <-chan struct{}) {
 	k.full.Start(stop)
+	if k.server != nil {
+		k.server.Start(stop) // what it has that runs already is left alone
+	}
 	k.metadata.Start(stop)
 	k.once.Do(func() { close(k.started) })
 }

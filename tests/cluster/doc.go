@@ -25,6 +25,7 @@ var helpers = map[string]func(args []string) error{
 	"enter":    enterMain,    // run one command inside a node
 	"leaks":    leaksMain,    // print what exists in the node, as JSON
 	"registry": registryMain, // an image registry on the node
+	"etcd":     etcdMain,     // an etcd on the node
 }
 
 // Helper runs the role that the command line names and ends the process; it returns at once in

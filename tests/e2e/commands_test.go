@@ -48,6 +48,7 @@ import (
 //	killpod NAME             SIGKILL to the process of the pod's container
 //	registry [-login USER:PASSWORD] NAME:TAG=ARCHIVE...
 //	                         an image registry on the node until the script ends; sets REGISTRY
+//	etcd DIRECTORY           an etcd on the node until the script ends: see tests/cluster/etcd.go
 //	driver NAME              a CSI driver on the node until the script ends; its volumes are below /srv/e2e-csi
 //	newer VAR                sets VAR to a skep that says it is of Kubernetes v1.38.0
 //	snapshot                 remember what is on the node, and how much its server has open
@@ -68,6 +69,7 @@ func commands() map[string]func(*testscript.TestScript, bool, []string) {
 		"killpod":  killpodCommand,
 		"registry": registryCommand,
 		"driver":   driverCommand,
+		"etcd":     etcdCommand,
 		"log":      logCommand,
 		"newer":    newerCommand,
 		"snapshot": snapshotCommand,
@@ -253,6 +255,12 @@ func driverCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	background(cancel, ts, state(ts).node.Tool(ctx, "csi", args[0], "/var/lib/skep/plugins_registry", "/srv/e2e-csi"))
+}
+
+func etcdCommand(ts *testscript.TestScript, neg bool, args []string) {
+	positive(ts, neg)
+	ctx, cancel := context.WithCancel(context.Background())
+	background(cancel, ts, state(ts).node.Tool(ctx, "etcd", args...))
 }
 
 // background runs a command until the script ends, and returns its first line.

@@ -31,6 +31,7 @@ import (
 	"skep.io/skep/node/csi"
 	"skep.io/skep/node/dns"
 	"skep.io/skep/node/eviction"
+	"skep.io/skep/node/idmap"
 	"skep.io/skep/node/pods"
 	"skep.io/skep/node/probes"
 	"skep.io/skep/node/runtime"
@@ -119,6 +120,8 @@ type Agent struct {
 	synced    cache.DoneChecker
 	resolv    []byte
 	host      hostFacts
+	// noUserNamespaces says why pods cannot have user ids of their own; nil: they can.
+	noUserNamespaces error
 
 	podCIDRs  atomic.Pointer[[]netip.Prefix]
 	set       atomic.Pointer[pods.Set]
@@ -156,7 +159,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if cfg.Eviction, err = cfg.Eviction.complete(); err != nil {
 		return nil, fmt.Errorf("thresholds of eviction: %w", err)
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log, runtime: cfg.Runtime, ready: make(chan struct{})}
+	a := &Agent{cfg: cfg, log: cfg.Log, runtime: cfg.Runtime, ready: make(chan struct{}), noUserNamespaces: idmap.Supported()}
 	if a.host, err = readHost(cfg.DataDir); err != nil {
 		return nil, err
 	}
@@ -197,7 +200,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		}
 	}()
 	a.sandboxes, err = sandbox.New(sandbox.Config{
-		RunDir: cfg.RunDir, Network: cfg.Network, MTU: cfg.MTU, Log: cfg.Log, PodCIDRs: a.PodCIDRs,
+		RunDir: cfg.RunDir, Network: cfg.Network, MTU: cfg.MTU, Log: cfg.Log, PodCIDRs: a.PodCIDRs, Pods: cfg.MaxPods,
 	})
 	if err != nil {
 		return nil, err
@@ -290,7 +293,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		Runtime: a.runtime, Images: a.runtime.Images(), Sandboxes: a.sandboxes, Volumes: volumeAdapter{vols, objects}, Objects: objects,
 		Prober: prober, Services: func(ns string, wait bool) ([]*corev1.Service, error) { return a.servicesOf(ctx, ns, wait) }, ResolvConf: a.resolvConf, Recorder: recorder,
 		Dir: filepath.Join(a.cfg.DataDir, "pods"), LogsDir: a.cfg.LogsDir, ClusterDomain: a.cfg.ClusterDomain,
-		Allocatable: a.host.allocatable(a.cfg.MaxPods), Terms: pods.Terms{UnsafeSysctls: a.cfg.UnsafeSysctls, PodPids: a.host.podPids(a.cfg.PodMaxPids)}, Node: a.status.current, MemoryCapacity: a.host.memory, BootID: a.host.bootID, Weigh: weighBurstable, Log: a.log, Metrics: a.cfg.Metrics,
+		Allocatable: a.host.allocatable(a.cfg.MaxPods), Terms: pods.Terms{UnsafeSysctls: a.cfg.UnsafeSysctls, PodPids: a.host.podPids(a.cfg.PodMaxPids), NoUserNamespaces: a.noUserNamespaces}, Node: a.status.current, MemoryCapacity: a.host.memory, BootID: a.host.bootID, Weigh: weighBurstable, Log: a.log, Metrics: a.cfg.Metrics,
 	})
 	if err != nil {
 		return err

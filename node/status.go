@@ -26,6 +26,7 @@ import (
 	"k8s.io/utils/clock"
 
 	"skep.io/skep/api"
+	"skep.io/skep/node/pods"
 	nodert "skep.io/skep/node/runtime"
 )
 
@@ -55,6 +56,7 @@ type facts struct {
 	maxPods   int
 	images    []nodert.Image
 	pressure  pressure
+	ownUsers  bool   // pods can have user namespaces
 	notReady  string // why not; empty when ready
 }
 
@@ -72,6 +74,11 @@ func nodeStatus(old corev1.NodeStatus, f facts) corev1.NodeStatus {
 	s.Addresses = append(s.Addresses, corev1.NodeAddress{Type: corev1.NodeHostName, Address: f.host.name})
 	s.NodeInfo = f.host.info
 	s.DeclaredFeatures = declaredFeatures()
+	s.RuntimeHandlers = nil
+	for _, name := range []string{"", pods.RuntimeHandler} {
+		s.RuntimeHandlers = append(s.RuntimeHandlers, corev1.NodeRuntimeHandler{Name: name,
+			Features: &corev1.NodeRuntimeHandlerFeatures{RecursiveReadOnlyMounts: new(true), UserNamespaces: new(f.ownUsers)}})
+	}
 	s.DaemonEndpoints.KubeletEndpoint.Port = int32(f.port)
 	s.Images = shownImages(f.images)
 	set := func(t corev1.NodeConditionType, on bool, reason, message string) {
@@ -289,7 +296,7 @@ func (l *statusLoop) facts(ctx context.Context) facts {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	f := facts{host: &l.a.host, now: time.Now(), name: l.a.cfg.NodeName, port: l.a.cfg.Port, maxPods: l.a.cfg.MaxPods, images: images, pressure: l.pressure}
+	f := facts{host: &l.a.host, now: time.Now(), name: l.a.cfg.NodeName, port: l.a.cfg.Port, maxPods: l.a.cfg.MaxPods, images: images, pressure: l.pressure, ownUsers: l.a.noUserNamespaces == nil}
 	for _, ip := range l.a.cfg.NodeIPs {
 		f.addresses = append(f.addresses, ip.Unmap().String())
 	}

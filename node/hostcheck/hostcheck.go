@@ -21,6 +21,7 @@ import (
 
 	"skep.io/skep/api"
 	"skep.io/skep/dataplane/loader"
+	"skep.io/skep/node/idmap"
 )
 
 // Outcome of one check.
@@ -52,6 +53,7 @@ type Host struct {
 	LookPath   func(name string) (string, error)
 	ProbeBPF   func(f BPFFeature) error // nil, ebpf.ErrNotSupported, or a failure to find out
 	KernelName func() (string, error)
+	OwnUsers   func() error           // nil if pods can have user ids of their own
 	XDP        func() (string, error) // which devices have the program for the driver now, and how; empty: none
 }
 
@@ -79,7 +81,8 @@ func This() Host {
 			}
 			return unix.ByteSliceToString(u.Release[:]), nil
 		},
-		XDP: xdpDevices,
+		OwnUsers: idmap.Supported,
+		XDP:      xdpDevices,
 	}
 }
 
@@ -90,6 +93,7 @@ func Run(h Host) []Result {
 		for _, f := range bpfFeatures() {
 			results = append(results, h.bpf(f))
 		}
+		results = append(results, h.ownUsers())
 	}
 	return append(results, h.cgroups(), h.cgroup2(), h.overlay(), h.ipv6(), h.runc(), h.iptables(), h.resourceLimits())
 }
@@ -252,6 +256,15 @@ func (h Host) overlay() Result {
 	}
 	return Result{Name: "overlay file system", Outcome: Reduced, Detail: "image layers are copied for each container",
 		Remedy: "load the kernel module overlay"}
+}
+
+func (h Host) ownUsers() Result {
+	const name = "user namespaces"
+	if err := h.OwnUsers(); err != nil {
+		return Result{Name: name, Outcome: Reduced, Detail: "pods with hostUsers: false do not start: " + err.Error(),
+			Remedy: "use Linux 6.3 or newer, with user.max_user_namespaces above 0"}
+	}
+	return Result{Name: name, Detail: "available"}
 }
 
 func (h Host) ipv6() Result {

@@ -45,6 +45,7 @@ func fakeHost(t *testing.T, files map[string]string) Host {
 		LookPath:   func(name string) (string, error) { return "/usr/sbin/" + name, nil },
 		ProbeBPF:   func(BPFFeature) error { return nil },
 		KernelName: func() (string, error) { return "6.1.0-13-amd64", nil },
+		OwnUsers:   func() error { return nil },
 		XDP:        func() (string, error) { return "", nil },
 	}
 }
@@ -82,6 +83,7 @@ func TestWhatIsLacking(t *testing.T) {
 		{"no overlay", map[string]string{"proc/filesystems": "\text4\n"}, nil, "overlay file system", Reduced, "copied"},
 		{"no IPv6", map[string]string{"proc/sys/net/ipv6/conf/all/disable_ipv6": "1\n"}, nil, "IPv6", Reduced, "IPv4 addresses only"},
 		{"no CAP_SYS_RESOURCE", map[string]string{"proc/self/status": "CapEff:\t000001fffeffffff\n"}, nil, "raising resource limits", Reduced, "clamped"},
+		{"no user namespaces", nil, func(h *Host) { h.OwnUsers = func() error { return errors.New("the sysctl is 0") } }, "user namespaces", Reduced, "hostUsers: false do not start: the sysctl is 0"},
 		{"no XDP", nil, func(h *Host) {
 			h.ProbeBPF = func(f BPFFeature) error {
 				if f.Program == ebpf.XDP {

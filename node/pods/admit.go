@@ -4,7 +4,6 @@ package pods
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -29,6 +28,8 @@ type refusal struct {
 type Terms struct {
 	// UnsafeSysctls may be set by pods although they can hurt other pods; a name may end in an asterisk.
 	UnsafeSysctls []string
+	// NoUserNamespaces says why pods cannot have user ids of their own; nil: they can.
+	NoUserNamespaces error
 	// PodPids is how many processes and threads one pod may have; 0: the kernel's limits alone.
 	PodPids int64
 }
@@ -224,8 +225,8 @@ func amount(name corev1.ResourceName, q interface {
 
 // supports is nil if this node can run the pod in the way it asks for.
 func (s *Set) supports(ctx context.Context, pod *corev1.Pod) error {
-	if what := unsupported(pod); what != "" {
-		return errors.New(what)
+	if why := s.cfg.Terms.NoUserNamespaces; ownUsers(pod) && why != nil {
+		return fmt.Errorf("hostUsers: false: user namespaces are not supported by this node: %w: leave it out, or run the containers as another user than root", why)
 	}
 	if pod.Spec.RuntimeClassName == nil || *pod.Spec.RuntimeClassName == "" {
 		return nil
@@ -234,20 +235,14 @@ func (s *Set) supports(ctx context.Context, pod *corev1.Pod) error {
 	if err != nil {
 		return fmt.Errorf("failed to get RuntimeClass %q: %w", *pod.Spec.RuntimeClassName, err)
 	}
-	if class.Handler != runtimeHandler {
-		return fmt.Errorf("no runtime for %q is configured: RuntimeClass %s can only have the handler %q on this node", class.Handler, class.Name, runtimeHandler)
+	if class.Handler != RuntimeHandler {
+		return fmt.Errorf("no runtime for %q is configured: RuntimeClass %s can only have the handler %q on this node", class.Handler, class.Name, RuntimeHandler)
 	}
 	return nil
 }
 
-// runtimeHandler is the only one that skep's nodes have.
-const runtimeHandler = "runc"
+// RuntimeHandler is the only one that skep's nodes have.
+const RuntimeHandler = "runc"
 
-// unsupported names what a pod asks for that this node cannot give; empty if there is nothing. Unlike a refusal it
-// leaves the pod waiting: another attempt of its owner would fare no better here.
-func unsupported(pod *corev1.Pod) string {
-	if u := pod.Spec.HostUsers; u != nil && !*u {
-		return "hostUsers: false: user namespaces are not supported by this node: leave it out, or run the containers as another user than root"
-	}
-	return ""
-}
+// ownUsers reports whether the pod wants user and group ids of its own.
+func ownUsers(pod *corev1.Pod) bool { return pod.Spec.HostUsers != nil && !*pod.Spec.HostUsers }

@@ -4,6 +4,7 @@ package pods
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 
@@ -127,7 +128,7 @@ func TestRefusedPodFails(t *testing.T) {
 }
 
 func TestSupports(t *testing.T) {
-	s := &Set{cfg: Config{Client: fake.NewClientset(
+	s := &Set{cfg: Config{Terms: Terms{NoUserNamespaces: errors.New("the kernel is old")}, Client: fake.NewClientset(
 		&nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{Name: "plain"}, Handler: "runc"},
 		&nodev1.RuntimeClass{ObjectMeta: metav1.ObjectMeta{Name: "vm"}, Handler: "kata"},
 	)}}
@@ -142,7 +143,7 @@ func TestSupports(t *testing.T) {
 		{"the class of what is there", pod(class("plain")), ""},
 		{"another", pod(class("vm")), `no runtime for "kata" is configured`},
 		{"a class that does not exist", pod(class("none")), `failed to get RuntimeClass "none"`},
-		{"user namespaces", pod(func(p *corev1.Pod) { p.Spec.HostUsers = &no }), "hostUsers"},
+		{"user namespaces", pod(func(p *corev1.Pod) { p.Spec.HostUsers = &no }), "hostUsers: false: user namespaces are not supported by this node: the kernel is old"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := s.supports(context.Background(), tt.pod)

@@ -53,6 +53,7 @@ func (s *Set) sandboxSpec(pod *corev1.Pod) sandbox.Spec {
 			spec.Sysctls[c.Name] = c.Value
 		}
 	}
+	spec.OwnUsers = ownUsers(pod)
 	return spec
 }
 
@@ -114,6 +115,9 @@ func (s *Set) containerSpec(ctx context.Context, pod *corev1.Pod, c *corev1.Cont
 		Annotations: map[string]string{
 			annotationImage: c.Image, annotationDelay: a.Delay.String(), annotationBoot: s.cfg.BootID,
 		},
+	}
+	if ownUsers(pod) {
+		spec.Sysctls = s.sandboxSpec(pod).Sysctls
 	}
 	spec.Mounts, err = s.ownMounts(pod, c, mounts, a.Attempt)
 	if err != nil {

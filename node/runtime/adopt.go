@@ -123,6 +123,9 @@ func (r *Runtime) refresh() {
 
 // sweep removes what a crash left without a container: snapshots that only our root label keeps, and status files.
 func (r *Runtime) sweep(ctx context.Context) error {
+	if err := removeAllMapped(r.mappedRoot()); err != nil {
+		return err
+	}
 	sn := r.client.SnapshotService(r.snapshotter)
 	var strays []string
 	err := sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {

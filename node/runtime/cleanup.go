@@ -21,7 +21,7 @@ import (
 // and the processes of their containers, mounts, state and data.
 func Cleanup(ctx context.Context, dataDir, runDir string) error {
 	state, data := filepath.Join(runDir, "containerd"), filepath.Join(dataDir, "containerd")
-	errs := []error{killContainers(ctx, state)}
+	errs := []error{killContainers(ctx, state), removeAllMapped(filepath.Join(runDir, mappedName))}
 	for _, dir := range []string{state, data} {
 		errs = append(errs, unmountUnder(dir))
 	}

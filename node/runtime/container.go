@@ -49,6 +49,8 @@ type definition struct {
 	StopSignal   string
 	Cgroup       string
 	NetNS        string
+	UserNS       string // empty unless the pod has user ids of its own
+	FirstID      uint32 // of the host, which user 0 is then
 	User         *User
 	Resources    *corev1.ResourceRequirements // that it was made with
 }
@@ -88,6 +90,7 @@ type container struct {
 	done chan struct{} // closed once the process has ended and status says how
 
 	ready    func(context.Context) error // of ContainerSpec
+	mapped   []mappedMount               // what is to be mounted while the task is created
 	taskLeft bool                        // containerd would not delete its task; guarded by op
 
 	mu     sync.Mutex

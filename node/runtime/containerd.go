@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -76,12 +75,12 @@ func tap() *plugin.Registration {
 }
 
 // embed starts containerd in this process and returns a client of it. Its only socket is the one
-// by which shims report events, in a directory that root alone can enter.
+// by which shims report events, which root alone can open.
 func embed(ctx context.Context, root, state string) (*server.Server, *client.Client, error) {
 	if !slices.ContainsFunc(registry.Graph(func(*plugin.Registration) bool { return false }), func(r plugin.Registration) bool { return r.Type == taps }) {
 		registry.Register(tap())
 	}
-	if err := os.MkdirAll(state, 0o700); err != nil {
+	if err := passable(state); err != nil {
 		return nil, nil, fmt.Errorf("containerd's state: %w", err)
 	}
 	config := &srvconfig.Config{

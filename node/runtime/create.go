@@ -48,6 +48,13 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 		return "", err
 	}
 	id := hex.EncodeToString(random)
+	var mapped []mappedMount
+	if spec.Sandbox != nil && spec.Sandbox.UserNS != "" {
+		var err error
+		if spec, mapped, err = mapMounts(spec, r.mappedDir(id)); err != nil {
+			return "", err
+		}
+	}
 	s, err := buildSpec(specInput{
 		id: id, spec: spec, image: image.config, users: users, host: r.host, seccom: r.seccompProfile, device: hostDevices, lookup: hostDevice,
 	})
@@ -61,12 +68,12 @@ func (r *Runtime) Create(ctx context.Context, spec ContainerSpec) (string, error
 		Cgroup: path.Join("/", spec.CgroupParent, id), User: userOf(s.Process.User), Resources: spec.Resources.DeepCopy(),
 	}
 	if spec.Sandbox != nil {
-		def.NetNS = spec.Sandbox.NetNS
+		def.NetNS, def.UserNS, def.FirstID = spec.Sandbox.NetNS, spec.Sandbox.UserNS, spec.Sandbox.FirstID
 	}
 	if err := r.record(ctx, id, image, s, def); err != nil {
 		return "", fmt.Errorf("create container %s of pod %s/%s: %w", spec.Name, spec.PodNamespace, spec.PodName, err)
 	}
-	c := &container{id: id, def: def, ready: spec.Ready, done: make(chan struct{}), status: status{State: Created}}
+	c := &container{id: id, def: def, ready: spec.Ready, mapped: mapped, done: make(chan struct{}), status: status{State: Created}}
 	r.mu.Lock()
 	r.containers[id] = c
 	r.mu.Unlock()
@@ -87,7 +94,7 @@ func (r *Runtime) record(ctx context.Context, id string, image *imageInfo, s *sp
 	if err != nil {
 		return err
 	}
-	runtimeOptions, err := typeurl.MarshalAny(&options.Options{BinaryName: r.cfg.RuncPath, Root: r.runcRoot()})
+	runtimeOptions, err := typeurl.MarshalAny(&options.Options{BinaryName: r.cfg.RuncPath, Root: r.runcRoot(), IoUid: def.FirstID, IoGid: def.FirstID})
 	if err != nil {
 		return err
 	}
@@ -96,7 +103,13 @@ func (r *Runtime) record(ctx context.Context, id string, image *imageInfo, s *sp
 		return err
 	}
 	sn := r.client.SnapshotService(r.snapshotter)
-	label := snapshots.WithLabels(map[string]string{rootLabel: def.CreatedAt.UTC().Format(time.RFC3339)})
+	labels := map[string]string{rootLabel: def.CreatedAt.UTC().Format(time.RFC3339)}
+	if def.UserNS != "" {
+		if err := r.mapSnapshot(labels, def.FirstID); err != nil {
+			return err
+		}
+	}
+	label := snapshots.WithLabels(labels)
 	if _, err := sn.Prepare(ctx, id, image.chainID, label); err != nil {
 		if !errdefs.IsNotFound(err) {
 			return fmt.Errorf("root file system: %w", err)

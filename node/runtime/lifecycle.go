@@ -91,7 +91,7 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 			ExitPath: r.exitPath(c.id), Cgroup: c.def.Cgroup, Stdin: c.def.Stdin, StdinOnce: c.def.StdinOnce,
 		}.URI(),
 	}
-	for _, m := range mounts {
+	for _, m := range rootMounts(mounts) {
 		request.Rootfs = append(request.Rootfs, &containerdtypes.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
 	}
 	if c.taskLeft {
@@ -99,17 +99,13 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 			return 0, err
 		}
 	}
-	tasks := r.client.TaskService()
-	for try := 0; ; try++ {
-		_, err := tasks.Create(ctx, request)
-		if err == nil {
-			break
-		}
-		if try < shimTries && shimEnding(err) {
-			continue
-		}
-		return 0, fmt.Errorf("failed to create containerd task: %w", errgrpc.ToNative(err))
+	if err := mountMapped(r.mappedDir(c.id), c.def.UserNS, c.mapped); err != nil {
+		return 0, errors.Join(err, removeMapped(r.mappedDir(c.id)))
 	}
+	if err := r.createTask(ctx, request); err != nil {
+		return 0, errors.Join(err, removeMapped(r.mappedDir(c.id)))
+	}
+	tasks := r.client.TaskService()
 	defer func() {
 		if err != nil {
 			end := context.WithoutCancel(ctx)
@@ -117,6 +113,10 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 			r.deleteTaskOrTell(end, c)
 		}
 	}()
+	// They are in the container now.
+	if err := removeMapped(r.mappedDir(c.id)); err != nil {
+		return 0, err
+	}
 	steps.Passed(ctx, "container: task created")
 	if c.ready != nil {
 		if err := c.ready(ctx); err != nil {
@@ -129,6 +129,20 @@ func (r *Runtime) startTask(ctx context.Context, c *container) (pid uint32, err 
 	}
 	steps.Passed(ctx, "container: task started")
 	return started.Pid, nil
+}
+
+// createTask has the shim make the container's process, which does not run yet.
+func (r *Runtime) createTask(ctx context.Context, request *tasksapi.CreateTaskRequest) error {
+	for try := 0; ; try++ {
+		_, err := r.client.TaskService().Create(ctx, request)
+		if err == nil {
+			return nil
+		}
+		if try < shimTries && shimEnding(err) {
+			continue
+		}
+		return fmt.Errorf("failed to create containerd task: %w", errgrpc.ToNative(err))
+	}
 }
 
 // shimTries is how often a start finds the pod's shim on its way out before that is an error.

@@ -127,6 +127,9 @@ func New(ctx context.Context, cfg Config) (_ *Runtime, err error) {
 			r.stopServer()
 		}
 	}()
+	if err := passable(cfg.RunDir); err != nil {
+		return nil, err
+	}
 	for _, dir := range []string{r.statusDir(), filepath.Join(cfg.RunDir, "attach"), filepath.Join(cfg.RunDir, "exec")} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, err

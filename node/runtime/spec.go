@@ -66,6 +66,11 @@ func buildSpec(in specInput) (*specs.Spec, error) {
 			Resources:   resources(c.Resources, in.host),
 		},
 	}
+	if c.Sandbox != nil && c.Sandbox.UserNS != "" {
+		if err := ownUsers(s, c); err != nil {
+			return nil, err
+		}
+	}
 	score := max(int64(c.OOMScoreAdj), in.host.oomFloor)
 	adj := int(score)
 	s.Process.OOMScoreAdj = &adj
@@ -186,7 +191,7 @@ func namespacesOf(c ContainerSpec, host hostFacts) []specs.LinuxNamespace {
 	for _, j := range []struct {
 		kind specs.LinuxNamespaceType
 		path string
-	}{{specs.NetworkNamespace, c.Sandbox.NetNS}, {specs.IPCNamespace, c.Sandbox.IPCNS}, {specs.UTSNamespace, c.Sandbox.UTSNS}} {
+	}{{specs.UserNamespace, c.Sandbox.UserNS}, {specs.NetworkNamespace, c.Sandbox.NetNS}, {specs.IPCNamespace, c.Sandbox.IPCNS}, {specs.UTSNamespace, c.Sandbox.UTSNS}} {
 		if j.path != "" {
 			ns = append(ns, specs.LinuxNamespace{Type: j.kind, Path: j.path})
 		}
@@ -229,7 +234,7 @@ func mountsOf(c ContainerSpec, privileged bool) (mounts []specs.Mount, rootPropa
 	}
 	rootPropagation = "private"
 	var mine []specs.Mount
-	for _, m := range c.Mounts {
+	for i, m := range c.Mounts {
 		if m.ContainerPath == "" || m.HostPath == "" {
 			return nil, "", errors.New("a mount needs a path on the host and one in the container")
 		}
@@ -253,6 +258,9 @@ func mountsOf(c ContainerSpec, privileged bool) (mounts []specs.Mount, rootPropa
 			options = append(options, "ro")
 		default:
 			options = append(options, "rw")
+		}
+		if c.lockedFlags != nil {
+			options = append(options, c.lockedFlags[i]...)
 		}
 		mine = append(mine, specs.Mount{Destination: path.Join("/", m.ContainerPath), Type: "bind", Source: m.HostPath, Options: options})
 	}

@@ -23,6 +23,8 @@ type Mount struct {
 	// Recursive makes what is mounted below read-only too (mount_setattr(2), Linux 5.12).
 	Recursive   bool
 	Propagation corev1.MountPropagationMode
+	Volume      string // of the pod that it is of; empty for the node's own files
+	Image       bool   // the volume is an image
 }
 
 // Device is a block device of the host that a container may use.
@@ -59,8 +61,11 @@ type ContainerSpec struct {
 	TTY          bool
 	Stdin        bool
 	StdinOnce    bool
+	Sysctls      map[string]string // of a pod with user ids of its own; others get them with their sandbox
 	LogPath      string            // CRI log file
 	Annotations  map[string]string // stored with the container and given back by List
+	// lockedFlags are options that each of Mounts has on the host; see lockedFlags. Nil: none.
+	lockedFlags [][]string
 	// Ready is waited for between the creation of the container's process and its start: for what it must not run
 	// without, but can be made without. Nil: nothing.
 	Ready func(ctx context.Context) error

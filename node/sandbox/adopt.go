@@ -102,7 +102,7 @@ func (s *Sandboxes) flaw(r *record, links map[string]int) string {
 	if !r.Complete {
 		return "its creation was interrupted"
 	}
-	for _, pin := range []string{r.Sandbox.NetNS, r.Sandbox.IPCNS, r.Sandbox.UTSNS} {
+	for _, pin := range []string{r.Sandbox.NetNS, r.Sandbox.IPCNS, r.Sandbox.UTSNS, r.Sandbox.UserNS} {
 		if pin != "" && !pinned(pin) {
 			return "namespace " + pin + " is gone"
 		}

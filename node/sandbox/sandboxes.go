@@ -31,6 +31,8 @@ var (
 	ErrNoRange = errors.New("the node has no pod address range yet")
 	// ErrNoAddress means that the node's range is used up: pods must go first.
 	ErrNoAddress = errors.New("no free pod address")
+	// ErrNoIDs means that all ranges of user ids are used up: pods must go first.
+	ErrNoIDs = errors.New("no free range of user ids")
 )
 
 // Config of Sandboxes.
@@ -39,6 +41,7 @@ type Config struct {
 	Network  Network               // nil attaches to no data plane
 	PodCIDRs func() []netip.Prefix // the node's ranges, IPv4 first; may be empty until the node has them
 	MTU      int                   // of pod links; 0: the kernel's default
+	Pods     int                   // how many pods can have user ids of their own; 0: 110
 	Log      *slog.Logger
 }
 
@@ -49,6 +52,7 @@ type Sandboxes struct {
 	mu      sync.Mutex
 	records map[types.UID]*record
 	pools   map[netip.Prefix]*pool
+	lastIDs uint32 // first of the range of ids that was handed out last
 	adopted bool
 	podLock map[types.UID]*podMutex
 }
@@ -65,6 +69,9 @@ func New(cfg Config) (*Sandboxes, error) {
 		cfg.Log = slog.Default()
 	}
 	s := &Sandboxes{cfg: cfg, records: map[types.UID]*record{}, pools: map[netip.Prefix]*pool{}, podLock: map[types.UID]*podMutex{}}
+	if cfg.Pods == 0 {
+		s.cfg.Pods = 110
+	}
 	if err := os.MkdirAll(s.recordDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("sandbox records: %w", err)
 	}
@@ -101,6 +108,9 @@ func (s *Sandboxes) lockPod(uid types.UID) (unlock func()) {
 func (s *Sandboxes) Create(ctx context.Context, spec Spec) (*Sandbox, error) {
 	if spec.PodUID == "" || strings.ContainsAny(string(spec.PodUID), "/\x00") {
 		return nil, fmt.Errorf("pod %s/%s: %q is not a uid", spec.Namespace, spec.Name, spec.PodUID)
+	}
+	if spec.OwnUsers && (spec.HostNetwork || spec.HostIPC) {
+		return nil, fmt.Errorf("pod %s/%s: with hostUsers: false it cannot have hostNetwork or hostIPC", spec.Namespace, spec.Name)
 	}
 	for name := range spec.Sysctls {
 		if err := checkSysctl(name, spec); err != nil {
@@ -218,9 +228,9 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 		want = append(want, "ipc")
 		r.Sandbox.IPCNS, r.Sandbox.ShmPath = filepath.Join(dir, "ipc"), filepath.Join(dir, "shm")
 	}
-	s.mu.Lock()
-	s.records[spec.PodUID] = r
-	s.mu.Unlock()
+	if err := s.add(r, spec.OwnUsers); err != nil {
+		return nil, err
+	}
 	if err := s.writeRecord(r); err != nil {
 		return r, err
 	}
@@ -235,7 +245,7 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 	}
 	steps.Passed(ctx, "sandbox: cgroup made")
 	if len(want) > 0 {
-		err := makeNamespaces(dir, want, func() error {
+		setup := func() error {
 			if !spec.HostNetwork {
 				cookie, err := loader.ThisNetnsCookie()
 				if err != nil {
@@ -246,14 +256,20 @@ func (s *Sandboxes) build(ctx context.Context, spec Spec) (*record, error) {
 				s.mu.Unlock()
 			}
 			return configure(spec)
-		})
+		}
+		var err error
+		if spec.OwnUsers {
+			err = makeOwned(dir, want, r.Sandbox.FirstID, setup)
+		} else {
+			err = makeNamespaces(dir, want, setup)
+		}
 		if err != nil {
 			return r, err
 		}
 	}
 	steps.Passed(ctx, "sandbox: namespaces pinned")
 	if r.Sandbox.ShmPath != "" {
-		if err := makeShm(r.Sandbox.ShmPath); err != nil {
+		if err := makeShm(r.Sandbox.ShmPath, r.Sandbox.FirstID); err != nil {
 			return r, err
 		}
 	}
@@ -286,6 +302,27 @@ func (s *Sandboxes) attach(ctx context.Context, r *record) error {
 	return nil
 }
 
+// add makes a record known, with a range of ids if it shall have one.
+func (s *Sandboxes) add(r *record, ownUsers bool) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ownUsers {
+		taken := map[uint32]bool{}
+		for _, o := range s.records {
+			taken[o.Sandbox.FirstID] = true
+		}
+		first, ok := nextIDs(s.lastIDs, s.cfg.Pods, taken)
+		if !ok {
+			s.release(r.Sandbox.Addrs)
+			return fmt.Errorf("%w: all %d are taken by pods with hostUsers: false", ErrNoIDs, s.cfg.Pods)
+		}
+		s.lastIDs = first
+		r.Sandbox.FirstID, r.Sandbox.UserNS = first, filepath.Join(s.nsDir(r.Sandbox.PodUID), userKind)
+	}
+	s.records[r.Sandbox.PodUID] = r
+	return nil
+}
+
 // configure runs on the thread that has just entered the pod's new namespaces.
 func configure(spec Spec) error {
 	if !spec.HostNetwork {
@@ -297,6 +334,9 @@ func configure(spec Spec) error {
 		if err := prepareNetNS(); err != nil {
 			return fmt.Errorf("network namespace: %w", err)
 		}
+	}
+	if spec.OwnUsers {
+		return nil // only its own root may: the runtime does it with each container
 	}
 	for _, name := range slices.Sorted(maps.Keys(spec.Sysctls)) {
 		if err := setSysctl(sysctlKey(name), spec.Sysctls[name]); err != nil {

@@ -43,7 +43,7 @@ func (v *Volumes) ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand f
 			// What shows objects is never writable: an update would throw the writes away.
 			ReadOnly: m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil || vol.Image != nil ||
 				vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly,
-			Recursive: Recursive(m),
+			Recursive: Recursive(m), Volume: vol.Name, Image: vol.Image != nil,
 		})
 	}
 	return out, nil

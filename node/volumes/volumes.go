@@ -71,6 +71,8 @@ type Mount struct {
 	ReadOnly      bool
 	Recursive     bool // read-only with all that is mounted below
 	Propagation   corev1.MountPropagationMode
+	Volume        string // of the pod
+	Image         bool   // the volume is an image
 }
 
 // New returns Volumes that have mounted nothing yet.

@@ -68,6 +68,15 @@ func run(args []string) error {
 			}
 			os.Stdout.Write(data)
 		}
+	case "owner": // of files
+		for _, name := range args[1:] {
+			st, err := os.Stat(name)
+			if err != nil {
+				return err
+			}
+			owner := st.Sys().(*syscall.Stat_t)
+			fmt.Println(name, owner.Uid, owner.Gid, st.Mode())
+		}
 	case "touch":
 		return os.WriteFile(args[1], []byte("x"), 0o644)
 	case "addrs":

@@ -15,6 +15,7 @@ import (
 	"skep.io/skep/dataplane/conntrack"
 	"skep.io/skep/dataplane/loader"
 	"skep.io/skep/dataplane/maps"
+	"skep.io/skep/dataplane/services"
 )
 
 // TestEvictions: of more flows than fit, those that others drove out are counted, for the protocol whose they are; what is over
@@ -58,6 +59,48 @@ func TestEvictions(t *testing.T) {
 	send(maps.TCP, 1001, 99) // known ones
 	if again := collect(); again.Evicted != p.Evicted {
 		t.Errorf("flows that are known count: %+v", again)
+	}
+}
+
+// TestFullSlots: a service with more endpoints than the kernel has room for leaves nothing of them behind, so that those
+// that fit can still change, and new ones come.
+func TestFullSlots(t *testing.T) {
+	r := newRigWith(t, loader.Config{ConntrackMax: 1024})
+	m := r.Loader.Maps()
+	rec, err := services.NewReconciler(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const free = 1000 // the kernel counts entries to some dozens a CPU
+	fits := int(m.Capacity()["slots"])
+	keys := make([]maps.SlotKey, fits-free)
+	for i := range keys {
+		keys[i] = maps.SlotKey{Service: 1 << 30, Slot: uint32(i)}
+	}
+	if err := m.PutSlots(keys, make([]uint32, len(keys))); err != nil {
+		t.Fatal(err)
+	}
+	set := func(name string, n, port, count int) []services.Set {
+		s := services.Set{Name: name, Proto: maps.TCP, Frontends: []services.Frontend{
+			{Addr: netip.AddrFrom4([4]byte{10, 143, 0, byte(n)}), Port: 80, Proto: maps.TCP}}}
+		for i := range count {
+			s.Backends = append(s.Backends, netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 142, byte(i >> 8), byte(i)}), uint16(port)))
+		}
+		return []services.Set{s}
+	}
+	for i := range 3 {
+		if err := rec.Apply("web", set("web", 1, 1+i, 2)); err != nil {
+			t.Fatalf("round %d: a service that fits: %v", i, err)
+		}
+		if err := rec.Apply("big", set("big", 2, 1, 3*free)); err == nil || !strings.Contains(err.Error(), "map slots is full") {
+			t.Fatalf("round %d: %d endpoints in room for %d: %v", i, 3*free, free, err)
+		}
+		if err := rec.Collect(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := rec.Apply("new", set("new", 3, 1, free/2)); err != nil {
+		t.Errorf("the room that is left is not: %v", err)
 	}
 }
 

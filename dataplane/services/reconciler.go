@@ -59,7 +59,7 @@ type Reconciler struct {
 type set struct {
 	id        uint32
 	lastGen   uint32
-	settled   bool              // all frontends have lastGen, and it holds current
+	settled   bool              // lastGen holds current and ranges
 	current   []uint32          // backend ids of lastGen, in order
 	ranges    []netip.Prefix    // clients that lastGen is for
 	written   map[uint32]uint32 // generation -> slots written
@@ -217,6 +217,7 @@ func (r *Reconciler) apply(want *Set) error {
 	if !s.settled || !slices.Equal(ids, s.current) || !slices.Equal(want.Ranges, s.ranges) || s.tabled != want.tabled() {
 		var err error
 		if full, err = r.writeGeneration(s, ids, want); err != nil {
+			r.abandon(s)
 			return err
 		}
 	}
@@ -224,7 +225,6 @@ func (r *Reconciler) apply(want *Set) error {
 	if err := r.writeFrontends(s, want); err != nil {
 		return err
 	}
-	s.settled = true
 	r.discard(s, want)
 	return full
 }
@@ -297,6 +297,12 @@ func (r *Reconciler) writeBackends(s *set, want *Set, fresh []netip.AddrPort) er
 		values = append(values, maps.Backend{Addr: maps.AddressOf(a.Addr()), Port: maps.PortOf(a.Port()), Proto: want.Proto, Service: s.id})
 	}
 	if err := r.store.PutBackends(ids, values); err != nil {
+		// What was written of them would take the room of sets that fit. No slot leads there yet.
+		for _, a := range fresh {
+			delete(s.unwritten, s.backends[a])
+			delete(s.backends, a)
+		}
+		r.throw(garbage{backends: ids})
 		return err
 	}
 	for _, id := range ids {
@@ -338,13 +344,29 @@ func (r *Reconciler) writeGeneration(s *set, ids []uint32, want *Set) (full, err
 		switch {
 		case errors.Is(err, unix.E2BIG):
 			full = err
+			r.throw(garbage{tables: s.blocks(s.lastGen, s.tables[s.lastGen])})
+			delete(s.tables, s.lastGen)
 		case err != nil:
 			return nil, err
 		}
 		s.tabled = err == nil
 	}
-	s.current, s.ranges = ids, ranges
+	s.current, s.ranges, s.settled = ids, ranges, true
 	return full, nil
+}
+
+// abandon throws away what was written of a generation that could not be written whole: no frontend leads there yet, and
+// it would take the room of sets that fit.
+func (r *Reconciler) abandon(s *set) {
+	gen := s.lastGen
+	g := garbage{tables: s.blocks(gen, s.tables[gen]), ranges: s.ranged[gen]}
+	for i := range s.written[gen] {
+		g.slots = append(g.slots, maps.SlotKey{Service: s.id, Generation: gen, Slot: i})
+	}
+	delete(s.written, gen)
+	delete(s.tables, gen)
+	delete(s.ranged, gen)
+	r.throw(g)
 }
 
 func (r *Reconciler) writeFrontends(s *set, want *Set) error {

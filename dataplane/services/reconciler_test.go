@@ -27,6 +27,7 @@ type kernel struct {
 
 	fail    func() bool
 	full    bool   // no room for tables
+	room    int    // for slots, for backends and for frontends each; 0: as many as come
 	broken  string // what a reader saw and should not have
 	readers []dpmaps.Service
 }
@@ -76,6 +77,14 @@ func (k *kernel) look() {
 	}
 }
 
+// fits says whether a map of n entries has room for one more.
+func (k *kernel) fits(known bool, n int) error {
+	if k.room > 0 && !known && n >= k.room {
+		return fmt.Errorf("map: %w", unix.E2BIG)
+	}
+	return nil
+}
+
 func (k *kernel) step(f func()) error {
 	if k.fail() {
 		return errInjected
@@ -90,6 +99,10 @@ func (k *kernel) step(f func()) error {
 
 func (k *kernel) PutBackends(ids []uint32, values []dpmaps.Backend) error {
 	for i := range ids {
+		_, known := k.backends[ids[i]]
+		if err := k.fits(known, len(k.backends)); err != nil {
+			return err
+		}
 		if err := k.step(func() { k.backends[ids[i]] = values[i] }); err != nil {
 			return err
 		}
@@ -99,6 +112,10 @@ func (k *kernel) PutBackends(ids []uint32, values []dpmaps.Backend) error {
 
 func (k *kernel) PutSlots(keys []dpmaps.SlotKey, values []uint32) error {
 	for i := range keys {
+		_, known := k.slots[keys[i]]
+		if err := k.fits(known, len(k.slots)); err != nil {
+			return err
+		}
 		if err := k.step(func() { k.slots[keys[i]] = values[i] }); err != nil {
 			return err
 		}
@@ -171,6 +188,10 @@ func (k *kernel) DeleteRanges(keys []dpmaps.SourceRangeKey) error {
 }
 
 func (k *kernel) PutService(v dpmaps.Service) error {
+	_, known := k.services[v.Key]
+	if err := k.fits(known, len(k.services)); err != nil {
+		return err
+	}
 	return k.step(func() {
 		if old, ok := k.services[v.Key]; ok {
 			k.readers = append(k.readers, old)
@@ -411,6 +432,61 @@ func TestTableFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.check(t, map[string][]Set{"web": web})
+}
+
+// TestRoomOfOthers: what does not fit takes no room from what does, however often it is tried, and whichever map is full.
+func TestRoomOfOthers(t *testing.T) {
+	set := func(name string, n int, ends ...int) []Set {
+		return []Set{{Name: name, Proto: dpmaps.TCP, Frontends: []Frontend{front(n)}, Backends: addrs(ends...)}}
+	}
+	for _, c := range []struct {
+		name            string
+		slots, backends int // that others hold
+		frontends       int
+		big             []Set
+	}{
+		{"slots", 14, 0, 0, set("big", 2, 1, 2, 3, 4, 5, 6, 7, 8)},
+		{"backends", 0, 14, 0, set("big", 2, 1, 2, 3, 4, 5, 6, 7, 8)},
+		{"frontends", 0, 0, 19, set("big", 2, 1, 2)},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			k := newKernel()
+			k.room = 20
+			r, _ := NewReconciler(k)
+			for i := range c.slots {
+				k.slots[dpmaps.SlotKey{Service: 999, Slot: uint32(i)}] = 1
+			}
+			for i := range c.backends {
+				k.backends[uint32(1000+i)] = dpmaps.Backend{}
+			}
+			for i := range c.frontends {
+				f := front(100 + i)
+				k.services[f.Key()] = dpmaps.Service{Key: f.Key()}
+			}
+			for i := range 10 {
+				web := set("web", 1, 1+i%2)
+				if err := errors.Join(r.Apply("web", web), r.Collect()); err != nil {
+					t.Fatalf("round %d: web: %v", i, err)
+				}
+				if err := r.Apply("big", c.big); !errors.Is(err, unix.E2BIG) {
+					t.Fatalf("round %d: big: %v", i, err)
+				}
+				if err := r.Collect(); err != nil {
+					t.Fatal(err)
+				}
+				if services, slots, _, backends := r.Size(); slots != len(k.slots)-c.slots || backends != len(k.backends)-c.backends || k.broken != "" {
+					t.Fatalf("round %d: sizes %d %d %d: %v, %s", i, services, slots, backends, k.slots, k.broken)
+				}
+			}
+			k.room = 0
+			if err := errors.Join(r.Apply("big", c.big), r.Collect()); err != nil {
+				t.Fatal(err)
+			}
+			if got := k.services[c.big[0].Frontends[0].Key()].Count; int(got) != len(c.big[0].Backends) {
+				t.Errorf("big has %d backends", got)
+			}
+		})
+	}
 }
 
 // TestCostOfOneChange: writing one changed endpoint does not depend on the number of services.

@@ -125,6 +125,7 @@ type Agent struct {
 
 	podCIDRs  atomic.Pointer[[]netip.Prefix]
 	set       atomic.Pointer[pods.Set]
+	volumes   atomic.Pointer[volumes.Volumes]
 	ready     chan struct{} // closed when the node is Ready for the first time
 	readyOnce sync.Once
 	status    *statusLoop
@@ -282,6 +283,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	a.volumes.Store(vols)
 	prober := probes.New(probes.Config{
 		Exec:   a.runtime.ExecSync,
 		Report: func(r probes.Result) { a.set.Load().ProbeResult(r) },

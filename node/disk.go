@@ -8,10 +8,17 @@ import (
 	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
+	"skep.io/skep/node/csi"
 	"skep.io/skep/node/eviction"
 	"skep.io/skep/node/volumes"
 )
+
+// VolumeUsage is how full a pod's volume is, if the driver whose it is tells.
+func (a *Agent) VolumeUsage(ctx context.Context, pod types.UID, volume string) (*csi.Usage, error) {
+	return a.volumes.Load().Usage(ctx, pod, volume)
+}
 
 // PodDisk measures what a pod has on disk. Its trees are walked: that takes as long as they have files. With an error it
 // holds what could be read.

@@ -29,7 +29,7 @@ func (a *agent) serveNodeAPI(ctx context.Context, n *node.Agent) error {
 		NodeName: a.nodeName, Sessions: n.Runtime(), Containers: n.Runtime(), Pods: podSource{n.Pods()},
 		Certificate: a.access.serving, ClientCA: a.access.clientCA,
 		Authenticate: reviewToken(a.access.node), Authorize: reviewAccess(a.access.node, a.nodeName),
-		LocalVolumes: n.LocalPaths(), Network: inspect.Handler(a.dataplane), DataDir: a.dataDir, Disk: n.PodDisk, Gatherer: a.gatherer, Metrics: a.metrics, Log: a.log.With("part", "node"),
+		LocalVolumes: n.LocalPaths(), Network: inspect.Handler(a.dataplane), DataDir: a.dataDir, Disk: n.PodDisk, VolumeUsage: n.VolumeUsage, Gatherer: a.gatherer, Metrics: a.metrics, Log: a.log.With("part", "node"),
 	})
 	if err != nil {
 		return err

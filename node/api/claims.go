@@ -3,6 +3,7 @@
 package api
 
 import (
+	"context"
 	"path/filepath"
 
 	"github.com/moby/sys/mountinfo"
@@ -15,7 +16,7 @@ import (
 )
 
 // claimStats is what the file systems have that a pod's claims are on. A claim that is not mounted is left out.
-func (s *Server) claimStats(p *corev1.Pod, now metav1.Time) []stats.VolumeStats {
+func (s *Server) claimStats(ctx context.Context, p *corev1.Pod, now metav1.Time) []stats.VolumeStats {
 	if s.cfg.DataDir == "" {
 		return nil
 	}
@@ -30,10 +31,32 @@ func (s *Server) claimStats(p *corev1.Pod, now metav1.Time) []stats.VolumeStats 
 			continue
 		}
 		if fs := fileSystem(dir, now); fs != nil {
+			s.askDriver(ctx, p, vol.Name, fs)
 			out = append(out, stats.VolumeStats{Name: vol.Name, PVCRef: &stats.PVCReference{Name: claim, Namespace: p.Namespace}, FsStats: *fs})
 		}
 	}
 	return out
+}
+
+// askDriver lets the driver of a volume say how full it is, of which its file system may know nothing.
+func (s *Server) askDriver(ctx context.Context, p *corev1.Pod, volume string, fs *stats.FsStats) {
+	if s.cfg.VolumeUsage == nil {
+		return
+	}
+	usage, err := s.cfg.VolumeUsage(ctx, p.UID, volume)
+	if err != nil {
+		s.cfg.Log.Warn("a volume's driver does not say how full it is: its file system is asked", "namespace", p.Namespace, "pod", p.Name, "volume", volume, "error", err)
+		return
+	}
+	if usage == nil {
+		return
+	}
+	if b := usage.Bytes; b.Total > 0 {
+		fs.CapacityBytes, fs.UsedBytes, fs.AvailableBytes = &b.Total, &b.Used, &b.Available
+	}
+	if i := usage.Inodes; i.Total > 0 {
+		fs.Inodes, fs.InodesUsed, fs.InodesFree = &i.Total, &i.Used, &i.Available
+	}
 }
 
 // claimCollector gives the same as metrics, under kubelet's names.
@@ -45,7 +68,7 @@ func (claimCollector) Describe(chan<- *prometheus.Desc) {}
 func (c claimCollector) Collect(out chan<- prometheus.Metric) {
 	seen := map[stats.PVCReference]bool{} // pods may share a claim
 	for _, p := range c.s.cfg.Pods.Pods() {
-		for _, v := range c.s.claimStats(p, metav1.Now()) {
+		for _, v := range c.s.claimStats(context.Background(), p, metav1.Now()) {
 			if seen[*v.PVCRef] {
 				continue
 			}

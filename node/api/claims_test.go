@@ -3,6 +3,8 @@
 package api
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,13 +15,28 @@ import (
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"skep.io/skep/node/csi"
 )
 
 // Claims show with the file system that they are on, once they are mounted, and each claim once.
 func TestClaims(t *testing.T) {
 	const claim = "claim"
 	registry := prometheus.NewRegistry()
-	s := newServer(t, func(c *Config) { c.DataDir, c.Metrics = t.TempDir(), registry })
+	s := newServer(t, func(c *Config) {
+		c.DataDir, c.Metrics = t.TempDir(), registry
+		c.VolumeUsage = func(_ context.Context, pod types.UID, volume string) (*csi.Usage, error) {
+			switch volume {
+			case "b": // its driver tells of bytes, not of inodes
+				return &csi.Usage{Bytes: csi.Amount{Total: 70, Used: 30, Available: 40}}, nil
+			case "a":
+				return nil, errors.New("out of honey") // its file system is asked
+			}
+			t.Errorf("asked of %s of pod %s", volume, pod)
+			return nil, nil
+		}
+	})
 	p := s.node.pod
 	source := corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: claim}}
 	p.Spec.Volumes = []corev1.Volume{{Name: "a", VolumeSource: source}, {Name: "b", VolumeSource: source}, {Name: "none", VolumeSource: source}}
@@ -37,8 +54,8 @@ func TestClaims(t *testing.T) {
 			}
 		})
 	}
-	list := s.server.claimStats(p, metav1.Now())
-	if len(list) != 2 || list[0].PVCRef.Name != claim || list[0].PVCRef.Namespace != p.Namespace || *list[0].CapacityBytes != 1<<20 || *list[1].InodesUsed != 1 {
+	list := s.server.claimStats(t.Context(), p, metav1.Now())
+	if len(list) != 2 || list[0].PVCRef.Name != claim || list[0].PVCRef.Namespace != p.Namespace || *list[0].CapacityBytes != 1<<20 || *list[1].InodesUsed != 1 || *list[1].CapacityBytes != 70 || *list[1].UsedBytes != 30 || *list[1].AvailableBytes != 40 {
 		t.Errorf("%+v", list)
 	}
 	want := `# HELP kubelet_volume_stats_capacity_bytes Capacity in bytes of the volume.

@@ -22,6 +22,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"skep.io/skep/node/csi"
 	"skep.io/skep/node/eviction"
 	"skep.io/skep/node/runtime"
 )
@@ -74,9 +75,11 @@ type Config struct {
 	// DataDir is where pods' files and images are: the file system that /stats/summary shows. Empty: none.
 	DataDir string
 	// Disk measures what a pod has on disk; nil: nothing does. One request at a time measures.
-	Disk    func(ctx context.Context, pod *corev1.Pod) (eviction.PodDisk, error)
-	Metrics prometheus.Registerer // may be nil
-	Log     *slog.Logger
+	Disk func(ctx context.Context, pod *corev1.Pod) (eviction.PodDisk, error)
+	// VolumeUsage asks the driver of a volume how full it is; nil if it does not tell, or nobody asks.
+	VolumeUsage func(ctx context.Context, pod types.UID, volume string) (*csi.Usage, error)
+	Metrics     prometheus.Registerer // may be nil
+	Log         *slog.Logger
 }
 
 // Server serves the node's API.

@@ -73,7 +73,7 @@ func (s *Server) summary(w http.ResponseWriter, r *http.Request) {
 		}
 		if all {
 			s.addDisk(r.Context(), p, &ps, disk, now)
-			ps.VolumeStats = append(ps.VolumeStats, s.claimStats(p, now)...)
+			ps.VolumeStats = append(ps.VolumeStats, s.claimStats(r.Context(), p, now)...)
 		}
 		out.Pods = append(out.Pods, ps)
 	}

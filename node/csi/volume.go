@@ -23,6 +23,9 @@ import (
 // callLimit bounds what a driver is asked to do with a volume (kubelet: csiTimeout).
 const callLimit = 2 * time.Minute
 
+// usageLimit bounds how long a driver may think about how full a volume is: whoever asks for statistics waits for it.
+const usageLimit = 10 * time.Second
+
 // Volume is a volume of a driver, as a pod mounts it.
 type Volume struct {
 	Driver, Handle string
@@ -35,12 +38,15 @@ type Volume struct {
 	StageSecrets   map[string]string
 	PublishSecrets map[string]string
 	FSGroup        *int64 // for drivers that set it themselves; nil for none
+	Inline         bool   // it is one pod's and lives with it: there is no step for the node
+	Again          bool   // it is published already, and the driver wants to be asked again: the step for the node is done
 }
 
 // Capabilities are what a driver does beside mounting.
 type Capabilities struct {
 	Stages     bool // it has a step for the node, before that for each pod
 	MountGroup bool // it gives files to a pod's fsGroup itself
+	Usage      bool // it tells how full a volume is
 }
 
 // Staging is where a volume is staged for all pods of the node, below the directory of plugins (as kubelet has it).
@@ -72,7 +78,10 @@ func capabilities(ctx context.Context, c spec.NodeClient) (Capabilities, error) 
 	has := func(want spec.NodeServiceCapability_RPC_Type) bool {
 		return slices.ContainsFunc(answer.Capabilities, func(c *spec.NodeServiceCapability) bool { return c.GetRpc().GetType() == want })
 	}
-	return Capabilities{Stages: has(spec.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME), MountGroup: has(spec.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP)}, nil
+	return Capabilities{
+		Stages: has(spec.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME), MountGroup: has(spec.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP),
+		Usage: has(spec.NodeServiceCapability_RPC_GET_VOLUME_STATS),
+	}, nil
 }
 
 // Publish has a driver mount a volume at target, after it was staged where that is a step of its own. Both may be asked
@@ -84,7 +93,9 @@ func (d *Drivers) Publish(ctx context.Context, v Volume, staging, target string)
 			return err
 		}
 		capability := v.capability(can)
-		if can.Stages {
+		if v.Inline || !can.Stages {
+			staging = ""
+		} else if !v.Again {
 			if err := os.MkdirAll(staging, 0o750); err != nil {
 				return err
 			}
@@ -93,8 +104,6 @@ func (d *Drivers) Publish(ctx context.Context, v Volume, staging, target string)
 			}); err != nil {
 				return fmt.Errorf("NodeStageVolume: %w", err)
 			}
-		} else {
-			staging = ""
 		}
 		if err := os.MkdirAll(filepath.Dir(target), 0o750); err != nil {
 			return err
@@ -132,6 +141,47 @@ func (v Volume) capability(can Capabilities) *spec.VolumeCapability {
 	return &spec.VolumeCapability{
 		AccessType: &spec.VolumeCapability_Mount{Mount: mount}, AccessMode: &spec.VolumeCapability_AccessMode{Mode: mode},
 	}
+}
+
+// Amount is what a volume has of something, and how much of that is used and left.
+type Amount struct{ Total, Used, Available uint64 }
+
+// Usage of a volume. An amount whose Total is 0 is not known.
+type Usage struct{ Bytes, Inodes Amount }
+
+// Usage asks a driver how full a volume is; nil if it does not tell.
+func (d *Drivers) Usage(ctx context.Context, driver, handle, staging, target string) (*Usage, error) {
+	ctx, cancel := context.WithTimeout(ctx, usageLimit)
+	defer cancel()
+	var usage *Usage
+	err := d.call(ctx, driver, func(ctx context.Context, c spec.NodeClient) error {
+		can, err := capabilities(ctx, c)
+		if err != nil || !can.Usage {
+			return err
+		}
+		if !can.Stages {
+			staging = ""
+		}
+		answer, err := c.NodeGetVolumeStats(ctx, &spec.NodeGetVolumeStatsRequest{VolumeId: handle, VolumePath: target, StagingTargetPath: staging})
+		if err != nil {
+			return fmt.Errorf("NodeGetVolumeStats: %w", err)
+		}
+		usage = &Usage{}
+		for _, u := range answer.Usage {
+			amount := Amount{Total: uint64(max(u.Total, 0)), Used: uint64(max(u.Used, 0)), Available: uint64(max(u.Available, 0))}
+			switch u.Unit {
+			case spec.VolumeUsage_BYTES:
+				usage.Bytes = amount
+			case spec.VolumeUsage_INODES:
+				usage.Inodes = amount
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("driver %s, volume %s: %w", driver, handle, err)
+	}
+	return usage, nil
 }
 
 // Unpublish undoes Publish for one target. What is not there is no error.

@@ -21,6 +21,7 @@ import (
 type mounter struct {
 	*plugin
 	stages, groups bool
+	usage          []*spec.VolumeUsage
 	asked          []string
 	fail           string // of what it is asked
 }
@@ -38,6 +39,7 @@ func (m *mounter) NodeGetCapabilities(context.Context, *spec.NodeGetCapabilities
 	out := &spec.NodeGetCapabilitiesResponse{}
 	for t, has := range map[spec.NodeServiceCapability_RPC_Type]bool{
 		spec.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME: m.stages, spec.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP: m.groups,
+		spec.NodeServiceCapability_RPC_GET_VOLUME_STATS: m.usage != nil,
 	} {
 		if has {
 			out.Capabilities = append(out.Capabilities, &spec.NodeServiceCapability{Type: &spec.NodeServiceCapability_Rpc{Rpc: &spec.NodeServiceCapability_RPC{Type: t}}})
@@ -57,9 +59,9 @@ func (m *mounter) NodeUnstageVolume(_ context.Context, r *spec.NodeUnstageVolume
 func (m *mounter) NodePublishVolume(_ context.Context, r *spec.NodePublishVolumeRequest) (*spec.NodePublishVolumeResponse, error) {
 	mount := r.VolumeCapability.GetMount()
 	err := m.note("publish", r.VolumeId, filepath.Base(r.StagingTargetPath), filepath.Base(r.TargetPath), r.VolumeContext["size"], r.VolumeContext["pod"],
-		mount.FsType, mount.VolumeMountGroup, r.VolumeCapability.AccessMode.Mode.String())
+		mount.FsType, strings.Join(mount.MountFlags, ","), mount.VolumeMountGroup, r.VolumeCapability.AccessMode.Mode.String())
 	if err == nil {
-		err = os.Mkdir(r.TargetPath, 0o755)
+		err = os.MkdirAll(r.TargetPath, 0o755)
 	}
 	return &spec.NodePublishVolumeResponse{}, err
 }
@@ -68,15 +70,22 @@ func (m *mounter) NodeUnpublishVolume(_ context.Context, r *spec.NodeUnpublishVo
 	return &spec.NodeUnpublishVolumeResponse{}, m.note("unpublish", r.VolumeId, filepath.Base(r.TargetPath))
 }
 
+func (m *mounter) NodeGetVolumeStats(_ context.Context, r *spec.NodeGetVolumeStatsRequest) (*spec.NodeGetVolumeStatsResponse, error) {
+	return &spec.NodeGetVolumeStatsResponse{Usage: m.usage}, m.note("usage", r.VolumeId, r.StagingTargetPath, r.VolumePath)
+}
+
 func TestPublish(t *testing.T) {
 	for name, c := range map[string]struct {
 		stages, groups bool
+		change         func(*Volume)
 		want           []string
 	}{
-		"at once": {false, false, []string{"publish h . mount 1 p ext4  SINGLE_NODE_WRITER", "unpublish h mount"}},
-		"in two steps": {true, false, []string{"stage h globalmount 1 sesame", "publish h globalmount mount 1 p ext4  SINGLE_NODE_WRITER",
+		"at once": {false, false, nil, []string{"publish h . mount 1 p ext4 noatime,ro  SINGLE_NODE_WRITER", "unpublish h mount"}},
+		"in two steps": {true, false, nil, []string{"stage h globalmount 1 sesame", "publish h globalmount mount 1 p ext4 noatime,ro  SINGLE_NODE_WRITER",
 			"unpublish h mount", "unstage h globalmount"}},
-		"with a group": {false, true, []string{"publish h . mount 1 p ext4 2000 SINGLE_NODE_WRITER", "unpublish h mount"}},
+		"with a group": {false, true, nil, []string{"publish h . mount 1 p ext4 noatime,ro 2000 SINGLE_NODE_WRITER", "unpublish h mount"}},
+		"of one pod":   {true, false, func(v *Volume) { v.Inline = true }, []string{"publish h . mount 1 p ext4 noatime,ro  SINGLE_NODE_WRITER", "unpublish h mount"}},
+		"again":        {true, false, func(v *Volume) { v.Again = true }, []string{"publish h globalmount mount 1 p ext4 noatime,ro  SINGLE_NODE_WRITER", "unpublish h mount"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := &mounter{plugin: newPlugin("m", "id"), stages: c.stages, groups: c.groups}
@@ -84,8 +93,11 @@ func TestPublish(t *testing.T) {
 			defer m.serveAs(t, m, filepath.Join(b.dir, "m.sock"))()
 			b.until("it is registered", func() bool { _, err := b.find("m"); return err == nil })
 			group := int64(2000)
-			v := Volume{Driver: "m", Handle: "h", FSType: "ext4", AccessMode: corev1.ReadWriteOnce, Attributes: map[string]string{"size": "1"},
+			v := Volume{Driver: "m", Handle: "h", FSType: "ext4", MountOptions: []string{"noatime", "ro"}, AccessMode: corev1.ReadWriteOnce, Attributes: map[string]string{"size": "1"},
 				PublishContext: map[string]string{"pod": "p"}, StageSecrets: map[string]string{"word": "sesame"}, FSGroup: &group}
+			if c.change != nil {
+				c.change(&v)
+			}
 			staging, target := Staging(filepath.Join(b.dir, "plugins"), "m", "h"), filepath.Join(b.dir, "pods", "v", "mount")
 			can, err := b.Publish(t.Context(), v, staging, target)
 			if err != nil || can.Stages != c.stages || can.MountGroup != c.groups {
@@ -108,6 +120,25 @@ func TestPublish(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestUsage(t *testing.T) {
+	m := &mounter{plugin: newPlugin("m", "id")}
+	b := newBench(t)
+	defer m.serveAs(t, m, filepath.Join(b.dir, "m.sock"))()
+	b.until("it is registered", func() bool { _, err := b.find("m"); return err == nil })
+	if u, err := b.Usage(t.Context(), "m", "h", "/s", "/v"); u != nil || err != nil || len(m.asked) > 0 {
+		t.Errorf("a driver that does not tell: %+v, %v, asked %q", u, err, m.asked)
+	}
+	m.usage = []*spec.VolumeUsage{{Unit: spec.VolumeUsage_BYTES, Total: 100, Used: 70, Available: 20}, {Unit: spec.VolumeUsage_INODES, Total: 9, Used: 4, Available: 5}, {Unit: spec.VolumeUsage_UNKNOWN, Total: 1}}
+	u, err := b.Usage(t.Context(), "m", "h", "/s", "/v")
+	if err != nil || *u != (Usage{Bytes: Amount{100, 70, 20}, Inodes: Amount{9, 4, 5}}) || !slices.Equal(m.asked, []string{"usage h  /v"}) {
+		t.Errorf("%+v, %v, asked %q", u, err, m.asked)
+	}
+	m.fail = "usage"
+	if u, err := b.Usage(t.Context(), "m", "h", "/s", "/v"); u != nil || err == nil || !strings.Contains(err.Error(), "driver m, volume h: NodeGetVolumeStats: ") {
+		t.Errorf("%+v, %v", u, err)
 	}
 }
 

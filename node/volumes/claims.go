@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
@@ -33,21 +34,30 @@ func claimName(pod *corev1.Pod, vol *corev1.Volume) string {
 
 // mountClaim binds the volume of a claim to dir, unless that is done; a claim of a block device becomes a link to it. What
 // it says when it cannot is kubelet's.
-func (v *Volumes) mountClaim(ctx context.Context, pod *corev1.Pod, vol *corev1.Volume, dir string) error {
+func (v *Volumes) mountClaim(ctx context.Context, pod *corev1.Pod, vol *corev1.Volume, dir string) (again time.Time, err error) {
 	link := v.deviceLink(pod.UID, vol)
 	if _, err := os.Lstat(link); err == nil {
-		return nil
+		return time.Time{}, nil
 	}
-	if done, err := v.claimMounted(pod.UID, vol); err != nil || done {
-		return err
+	done, err := v.claimMounted(pod.UID, vol)
+	if err == nil && done {
+		done, err = v.stays(ctx, pod.UID, vol)
+	}
+	if err != nil || done {
+		return time.Time{}, err
 	}
 	source, err := v.claimed(ctx, pod, vol)
 	if err != nil {
-		return fmt.Errorf("error processing PVC %s/%s: %w", pod.Namespace, claimName(pod, vol), err)
+		return time.Time{}, fmt.Errorf("error processing PVC %s/%s: %w", pod.Namespace, claimName(pod, vol), err)
 	}
 	if source.csi != nil {
 		return v.publish(ctx, pod, vol, source)
 	}
+	return time.Time{}, v.bindClaim(pod, vol, source, link, dir)
+}
+
+// bindClaim shows at dir what is behind a claim on this host, or links to the device that it is.
+func (v *Volumes) bindClaim(pod *corev1.Pod, vol *corev1.Volume, source source, link, dir string) error {
 	if source.block {
 		if err := os.MkdirAll(filepath.Dir(link), 0o750); err != nil {
 			return err
@@ -60,6 +70,11 @@ func (v *Volumes) mountClaim(ctx context.Context, pod *corev1.Pod, vol *corev1.V
 	if err := unix.Mount(source.path, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("bind %s to %s: %w", source.path, dir, err)
 	}
+	if source.flags != 0 {
+		if err := unix.MountSetattr(unix.AT_FDCWD, dir, 0, &unix.MountAttr{Attr_set: source.flags, Attr_clr: clears(source.flags)}); err != nil {
+			return errors.Join(fmt.Errorf("mount options of %s: %w", source.path, err), unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH))
+		}
+	}
 	if group := fsGroup(pod); group != nil && source.owned && !readOnly(vol) {
 		if err := giveTo(dir, int(*group), pod.Spec.SecurityContext.FSGroupChangePolicy); err != nil {
 			// Undone, so that the next attempt does all of it.
@@ -70,7 +85,7 @@ func (v *Volumes) mountClaim(ctx context.Context, pod *corev1.Pod, vol *corev1.V
 }
 
 func readOnly(vol *corev1.Volume) bool {
-	return vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly
+	return vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly || vol.CSI != nil && vol.CSI.ReadOnly != nil && *vol.CSI.ReadOnly
 }
 
 // source is what is behind a claim.
@@ -79,7 +94,10 @@ type source struct {
 	// owned: its files may be given to a pod's fsGroup. As with kubelet, those of local volumes may, the host's may not.
 	owned bool
 	block bool        // a device, not a directory
+	flags uint64      // MOUNT_ATTR_* of the volume's mount options
 	csi   *csi.Volume // a driver's; nil for a path
+	// republish: the driver wants to be asked again from time to time.
+	republish bool
 }
 
 // claimed finds what is behind a claim.
@@ -121,8 +139,17 @@ func (v *Volumes) claimed(ctx context.Context, pod *corev1.Pod, vol *corev1.Volu
 	case s.CSI != nil && !block:
 		return v.csiSource(ctx, pod, volume)
 	case s.Local != nil:
-		return localSource(s.Local.Path, block)
+		flags, err := mountFlags(volume.Spec.MountOptions)
+		if err != nil {
+			return source{}, fmt.Errorf("PV %s: %w", volume.Name, err)
+		}
+		out, err := localSource(s.Local.Path, block)
+		out.flags = flags
+		return out, err
 	case s.HostPath != nil && !block:
+		if len(volume.Spec.MountOptions) > 0 {
+			return source{}, fmt.Errorf("PV %s: mountOptions %q: a directory of the host has the options of its own mount: leave them out, or make it a local volume", volume.Name, volume.Spec.MountOptions)
+		}
 		if err := hostPath(s.HostPath); err != nil {
 			return source{}, err
 		}
@@ -133,6 +160,30 @@ func (v *Volumes) claimed(ctx context.Context, pod *corev1.Pod, vol *corev1.Volu
 		return source{path: s.HostPath.Path}, err
 	}
 	return source{}, fmt.Errorf("PV %s: %w", volume.Name, ErrUnsupported)
+}
+
+// mountFlags are the mount options that a directory can have apart from the file system it is on.
+func mountFlags(options []string) (uint64, error) {
+	var flags uint64
+	for _, o := range options {
+		f, ok := map[string]uint64{
+			"ro": unix.MOUNT_ATTR_RDONLY, "nosuid": unix.MOUNT_ATTR_NOSUID, "nodev": unix.MOUNT_ATTR_NODEV, "noexec": unix.MOUNT_ATTR_NOEXEC,
+			"noatime": unix.MOUNT_ATTR_NOATIME, "nodiratime": unix.MOUNT_ATTR_NODIRATIME, "nosymfollow": unix.MOUNT_ATTR_NOSYMFOLLOW, "rw": 0, "relatime": 0,
+		}[o]
+		if !ok {
+			return 0, fmt.Errorf("mountOptions: %q is not an option of a local volume: ro, nosuid, nodev, noexec, noatime, nodiratime, nosymfollow are", o)
+		}
+		flags |= f
+	}
+	return flags, nil
+}
+
+// clears are the attributes that others stand in place of (mount_setattr(2): "MOUNT_ATTR__ATIME").
+func clears(flags uint64) uint64 {
+	if flags&unix.MOUNT_ATTR_NOATIME != 0 {
+		return unix.MOUNT_ATTR__ATIME
+	}
+	return 0
 }
 
 // localSource is what a local volume names, which must be of the volume's mode.

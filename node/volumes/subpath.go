@@ -41,8 +41,7 @@ func (v *Volumes) ContainerMounts(pod *corev1.Pod, c *corev1.Container, expand f
 		out = append(out, Mount{
 			HostPath: host, ContainerPath: containerPath(m.MountPath), Propagation: propagation(m),
 			// What shows objects is never writable: an update would throw the writes away.
-			ReadOnly: m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil || vol.Image != nil ||
-				vol.PersistentVolumeClaim != nil && vol.PersistentVolumeClaim.ReadOnly,
+			ReadOnly:  m.ReadOnly || vol.ConfigMap != nil || vol.Secret != nil || vol.DownwardAPI != nil || vol.Projected != nil || vol.Image != nil || readOnly(vol),
 			Recursive: Recursive(m), Volume: vol.Name, Image: vol.Image != nil,
 		})
 	}

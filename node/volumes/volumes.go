@@ -111,6 +111,8 @@ func kind(v *corev1.Volume) string {
 		return "kubernetes.io~projected"
 	case v.Image != nil:
 		return imageKind
+	case v.CSI != nil:
+		return csiKind
 	case v.PersistentVolumeClaim != nil, v.Ephemeral != nil:
 		return "kubernetes.io~local-volume"
 	default:
@@ -128,6 +130,9 @@ func (v *Volumes) path(uid types.UID, vol *corev1.Volume) string {
 	if vol.PersistentVolumeClaim != nil || vol.Ephemeral != nil {
 		return claimDir(v.podDir(uid), vol)
 	}
+	if vol.CSI != nil {
+		return filepath.Join(csiDir(v.podDir(uid), vol.Name), "mount")
+	}
 	return filepath.Join(v.podDir(uid), "volumes", kind(vol), vol.Name)
 }
 
@@ -135,7 +140,7 @@ func (v *Volumes) path(uid types.UID, vol *corev1.Volume) string {
 // is false for a volume whose files are somebody else's.
 func OwnFiles(pods string, uid types.UID, vol *corev1.Volume) (dir string, own bool) {
 	k := kind(vol)
-	if k == "" || vol.HostPath != nil || vol.Image != nil || vol.PersistentVolumeClaim != nil || vol.Ephemeral != nil {
+	if k == "" || vol.HostPath != nil || vol.Image != nil || vol.PersistentVolumeClaim != nil || vol.Ephemeral != nil || vol.CSI != nil {
 		return "", false
 	}
 	return filepath.Join(pods, string(uid), "volumes", k, vol.Name), true
@@ -186,7 +191,9 @@ func (v *Volumes) mountOne(ctx context.Context, pod *corev1.Pod, vol *corev1.Vol
 	case kind(vol) == "":
 		return time.Time{}, ErrUnsupported
 	case claimName(pod, vol) != "":
-		return time.Time{}, v.mountClaim(ctx, pod, vol, dir)
+		return v.mountClaim(ctx, pod, vol, dir)
+	case vol.CSI != nil:
+		return v.mountInline(ctx, pod, vol, dir)
 	}
 	files, refresh, err := v.files(ctx, pod, vol)
 	if err != nil {

@@ -63,9 +63,11 @@ func (d *csiDriver) NodeGetInfo(context.Context, *spec.NodeGetInfoRequest) (*spe
 }
 
 func (d *csiDriver) NodeGetCapabilities(context.Context, *spec.NodeGetCapabilitiesRequest) (*spec.NodeGetCapabilitiesResponse, error) {
-	return &spec.NodeGetCapabilitiesResponse{Capabilities: []*spec.NodeServiceCapability{{Type: &spec.NodeServiceCapability_Rpc{
-		Rpc: &spec.NodeServiceCapability_RPC{Type: spec.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME},
-	}}}}, nil
+	out := &spec.NodeGetCapabilitiesResponse{}
+	for _, can := range []spec.NodeServiceCapability_RPC_Type{spec.NodeServiceCapability_RPC_STAGE_UNSTAGE_VOLUME, spec.NodeServiceCapability_RPC_GET_VOLUME_STATS} {
+		out.Capabilities = append(out.Capabilities, &spec.NodeServiceCapability{Type: &spec.NodeServiceCapability_Rpc{Rpc: &spec.NodeServiceCapability_RPC{Type: can}}})
+	}
+	return out, nil
 }
 
 func (d *csiDriver) NodeStageVolume(_ context.Context, r *spec.NodeStageVolumeRequest) (*spec.NodeStageVolumeResponse, error) {
@@ -87,7 +89,21 @@ func (d *csiDriver) NodePublishVolume(_ context.Context, r *spec.NodePublishVolu
 	if err := os.MkdirAll(r.TargetPath, 0o750); err != nil {
 		return nil, err
 	}
-	return &spec.NodePublishVolumeResponse{}, bindOnce(r.StagingTargetPath, r.TargetPath, r.Readonly)
+	from := r.StagingTargetPath
+	if from == "" { // a volume of one pod, which says how it was asked for
+		if strings.ContainsAny(r.VolumeId, "/.") {
+			return nil, status.Errorf(codes.InvalidArgument, "%q is no volume", r.VolumeId)
+		}
+		from = filepath.Join(d.dir, r.VolumeId)
+		if err := os.MkdirAll(from, 0o777); err != nil {
+			return nil, err
+		}
+		says := fmt.Sprintf("%s for %s, ephemeral %s\n", r.VolumeContext["what"], r.VolumeContext["csi.storage.k8s.io/pod.name"], r.VolumeContext["csi.storage.k8s.io/ephemeral"])
+		if err := os.WriteFile(filepath.Join(from, "says"), []byte(says), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	return &spec.NodePublishVolumeResponse{}, bindOnce(from, r.TargetPath, r.Readonly)
 }
 
 func (d *csiDriver) NodeUnpublishVolume(_ context.Context, r *spec.NodeUnpublishVolumeRequest) (*spec.NodeUnpublishVolumeResponse, error) {
@@ -98,6 +114,11 @@ func (d *csiDriver) NodeUnpublishVolume(_ context.Context, r *spec.NodeUnpublish
 		return nil, err
 	}
 	return &spec.NodeUnpublishVolumeResponse{}, nil
+}
+
+// NodeGetVolumeStats tells of one that no file system has.
+func (d *csiDriver) NodeGetVolumeStats(context.Context, *spec.NodeGetVolumeStatsRequest) (*spec.NodeGetVolumeStatsResponse, error) {
+	return &spec.NodeGetVolumeStatsResponse{Usage: []*spec.VolumeUsage{{Unit: spec.VolumeUsage_BYTES, Total: 424242, Used: 42, Available: 424200}}}, nil
 }
 
 // bindOnce shows from at to, unless it does already: whoever asks may ask again.

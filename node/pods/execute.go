@@ -290,7 +290,7 @@ func (w *worker) startContainer(ctx context.Context, pod *corev1.Pod, a Action, 
 	if len(spec.Sandbox.Addrs) > 0 {
 		ip = spec.Sandbox.Addrs[0].String()
 	}
-	if err := s.hooks.run(ctx, c.Lifecycle.PostStart, c, id, ip); err != nil && ctx.Err() == nil {
+	if err := s.hooks.run(ctx, c.Lifecycle.PostStart, c, id, ip, s.fellBack(pod, c.Name)); err != nil && ctx.Err() == nil {
 		s.cfg.Log.Warn("postStart hook failed", "pod", pod.Namespace+"/"+pod.Name, "container", c.Name, "error", err)
 		s.event(pod, c.Name, corev1.EventTypeWarning, "FailedPostStartHook", "PostStartHook failed")
 		grace := time.Duration(corev1.DefaultTerminationGracePeriodSeconds) * time.Second
@@ -303,6 +303,13 @@ func (w *worker) startContainer(ctx context.Context, pod *corev1.Pod, a Action, 
 		}
 	}
 	return nil
+}
+
+// fellBack says in an event that a hook was asked by HTTP, though it is declared to be HTTPS.
+func (s *Set) fellBack(pod *corev1.Pod, container string) func(host string) {
+	return func(host string) {
+		s.event(pod, container, corev1.EventTypeWarning, "LifecycleHTTPFallback", "request to HTTPS lifecycle hook %s got HTTP response, retry with HTTP succeeded", host)
+	}
 }
 
 // configMessage is the error without the sentinel in front, as kubelet shows it.
@@ -318,7 +325,7 @@ func (s *Set) stopContainer(ctx context.Context, pod *corev1.Pod, a Action, podI
 		s.event(pod, a.Container, corev1.EventTypeNormal, "Killing", "%s", a.Message)
 		if c != nil && c.Lifecycle != nil && c.Lifecycle.PreStop != nil && a.Grace > 0 {
 			hctx, cancel := context.WithDeadline(ctx, end)
-			err := s.hooks.run(hctx, c.Lifecycle.PreStop, c, a.ID, podIP)
+			err := s.hooks.run(hctx, c.Lifecycle.PreStop, c, a.ID, podIP, s.fellBack(pod, a.Container))
 			cancel()
 			if err != nil && ctx.Err() == nil {
 				s.cfg.Log.Warn("preStop hook failed", "pod", pod.Namespace+"/"+pod.Name, "container", a.Container, "error", err)

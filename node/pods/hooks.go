@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -34,8 +36,25 @@ func newHooks(rt runtime.Containers) *hooks {
 // maxHookAnswer bounds what is read of a hook's answer.
 const maxHookAnswer = 10 << 10
 
-// run executes one handler and returns when it is done or ctx ends.
-func (h *hooks) run(ctx context.Context, handler *corev1.LifecycleHandler, c *corev1.Container, id, podIP string) error {
+// ask sends a hook's request. Whatever the answer: who was asked knows, which is all that a hook is for.
+func (h *hooks) ask(req *http.Request) error {
+	resp, err := h.client.Do(req)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, maxHookAnswer))
+	return errors.Join(err, resp.Body.Close())
+}
+
+// plainAnswer reports whether a request failed because who was asked by HTTPS speaks HTTP. net/http has no other sign.
+func plainAnswer(err error) bool {
+	var failed *url.Error
+	return errors.As(err, &failed) && strings.Contains(failed.Err.Error(), "server gave HTTP response to HTTPS client")
+}
+
+// run executes one handler and returns when it is done or ctx ends. fellBack hears of a host that was to be asked by
+// HTTPS, but by HTTP only has answered; nil: nobody.
+func (h *hooks) run(ctx context.Context, handler *corev1.LifecycleHandler, c *corev1.Container, id, podIP string, fellBack func(host string)) error {
 	switch {
 	case handler.Exec != nil:
 		var limit time.Duration
@@ -55,15 +74,20 @@ func (h *hooks) run(ctx context.Context, handler *corev1.LifecycleHandler, c *co
 		if err != nil {
 			return fmt.Errorf("http hook of container %s: %w", c.Name, err)
 		}
-		resp, err := h.client.Do(req.WithContext(ctx))
+		err = h.ask(req.WithContext(ctx))
+		if plainAnswer(err) {
+			// Whoever declared HTTPS for what speaks HTTP is served, and told (kubelet: runHTTPHandler).
+			plain := req.Clone(ctx)
+			plain.URL.Scheme = "http"
+			plain.Header.Del("Authorization")
+			if err = h.ask(plain); err == nil && fellBack != nil {
+				fellBack(req.URL.Host)
+			}
+		}
 		if err != nil {
 			return fmt.Errorf("http hook of container %s: %w", c.Name, err)
 		}
-		_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, maxHookAnswer))
-		if err = errors.Join(err, resp.Body.Close()); err != nil {
-			return fmt.Errorf("http hook of container %s: %w", c.Name, err)
-		}
-		return nil // whatever the answer: who was asked knows, which is all that a hook is for (kubelet: runHTTPHandler)
+		return nil
 	case handler.Sleep != nil:
 		t := time.NewTimer(time.Duration(handler.Sleep.Seconds) * time.Second)
 		defer t.Stop()

@@ -192,8 +192,10 @@ func furnish(s setup) error {
 	if err := freshSys(s); err != nil {
 		return err
 	}
-	if err := mountFS("tmpfs", "/run", "mode=755"); err != nil {
-		return err
+	for _, dir := range []string{"/run", "/srv"} {
+		if err := mountFS("tmpfs", dir, "mode=755"); err != nil {
+			return err
+		}
 	}
 	// Opened before the overlays, which would otherwise hide a directory below /var.
 	binds := map[string]string{"/var/lib/skep": s.Data, "/var/log": s.Logs}

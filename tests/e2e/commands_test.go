@@ -50,6 +50,7 @@ import (
 //	                         an image registry on the node until the script ends; sets REGISTRY
 //	etcd DIRECTORY           an etcd on the node until the script ends: see tests/cluster/etcd.go
 //	driver NAME              a CSI driver on the node until the script ends; its volumes are below /srv/e2e-csi
+//	disk FILE BYTES LINK     a block device of FILE, to which LINK leads, on the node until the script ends
 //	newer VAR                sets VAR to a skep that says it is of Kubernetes v1.38.0
 //	snapshot                 remember what is on the node, and how much its server has open
 //	steady                   wait until that is so again
@@ -69,6 +70,7 @@ func commands() map[string]func(*testscript.TestScript, bool, []string) {
 		"killpod":  killpodCommand,
 		"registry": registryCommand,
 		"driver":   driverCommand,
+		"disk":     diskCommand,
 		"etcd":     etcdCommand,
 		"log":      logCommand,
 		"newer":    newerCommand,
@@ -255,6 +257,12 @@ func driverCommand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	background(cancel, ts, state(ts).node.Tool(ctx, "csi", args[0], "/var/lib/skep/plugins_registry", "/srv/e2e-csi"))
+}
+
+func diskCommand(ts *testscript.TestScript, neg bool, args []string) {
+	positive(ts, neg)
+	ctx, cancel := context.WithCancel(context.Background())
+	background(cancel, ts, state(ts).node.Tool(ctx, "disk", args...))
 }
 
 func etcdCommand(ts *testscript.TestScript, neg bool, args []string) {

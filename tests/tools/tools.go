@@ -15,5 +15,6 @@ var Tools = map[string]func(args []string) error{
 	"connect": connectMain, // connections as fast as can be
 	"first":   firstMain,   // when something first replied
 	"csi":     csiMain,     // a CSI driver
+	"disk":    diskMain,    // a block device
 	"health":  healthMain,  // what probes ask, over gRPC and HTTPS
 }

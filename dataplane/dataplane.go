@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -193,13 +194,23 @@ func (d *Dataplane) register(context.Context) error {
 			ConstLabels: prometheus.Labels{"protocol": protocol},
 		}, func() float64 { return float64(of(d.tracked().Evicted)) })
 	}
-	for _, c := range []prometheus.Collector{
+	collectors := []prometheus.Collector{
 		evicted("tcp", func(n conntrack.ByProtocol) uint64 { return n.TCP }), evicted("udp", func(n conntrack.ByProtocol) uint64 { return n.UDP }),
 		flows.NewCollector(d.maps.Counters), tracked, d.destroyed,
 		pressure("conntrack_tcp", func() float64 { return float64(d.tracked().TCP) / float64(capacity["conntrack_tcp"]) }),
 		pressure("conntrack_udp", func() float64 { return float64(d.tracked().UDP) / float64(capacity["conntrack_udp"]) }),
 		pressure("endpoints", func() float64 { return float64(d.names.addresses()) / float64(capacity["endpoints"]) }),
-	} {
+	}
+	for _, name := range maps.Counted {
+		collectors = append(collectors, pressure(name, func() float64 {
+			n, err := d.maps.Count(name)
+			if err != nil {
+				return math.NaN()
+			}
+			return float64(n) / float64(capacity[name])
+		}))
+	}
+	for _, c := range collectors {
 		if err := d.cfg.Metrics.Register(c); err != nil {
 			return fmt.Errorf("metrics: %w", err)
 		}

@@ -36,8 +36,9 @@ func (e Endpoint) local() policy.Local {
 	return policy.Local{NamespacedName: types.NamespacedName{Namespace: e.Namespace, Name: e.Name}, UID: e.PodUID}
 }
 
-// Half of what the map of policies holds: an agent that starts writes its own beside those of the one before.
-var policyLimits = policy.Limits{Entries: 1 << 19, Set: 1 << 16}
+// Half of what the maps of policies and of identities hold: an agent that starts writes its own beside those of the one
+// before. IP blocks leave the identities of 150,000 pods, with an address of each family, more room than they take.
+var policyLimits = policy.Limits{Entries: 1 << 19, Set: 1 << 16, Blocks: 1 << 17}
 
 // newPolicies starts from what the pods have that an earlier process attached.
 func (d *Dataplane) newPolicies() (*policy.Controller, error) {
@@ -52,7 +53,7 @@ func (d *Dataplane) newPolicies() (*policy.Controller, error) {
 		}
 	}
 	c, err := policy.NewController(policy.Config{
-		Informers: d.cfg.Informers, Dynamic: d.cfg.Dynamic, Kernel: d.maps, Limits: policyLimits, Slots: slots,
+		Informers: d.cfg.Informers, Dynamic: d.cfg.Dynamic, Kernel: d.maps, Limits: policyLimits, Capacity: d.maps.Capacity(), Slots: slots,
 		Events: d.cfg.Events, Log: d.cfg.Log, Metrics: d.cfg.Metrics,
 	})
 	if err != nil {

@@ -108,11 +108,19 @@ func (d *Dataplane) Health() (inspect.Health, error) {
 	for name, used := range d.services.Sizes() {
 		fills = append(fills, inspect.Fill{Map: name, Used: uint64(used)})
 	}
+	for _, name := range maps.Counted {
+		n, err := d.maps.Count(name)
+		if err != nil {
+			return inspect.Health{}, err
+		}
+		fills = append(fills, inspect.Fill{Map: name, Used: uint64(n)})
+	}
 	for i := range fills {
 		fills[i].Fits = uint64(fits[fills[i].Map])
 	}
-	used, room := d.policies.Entries()
-	fills = append(fills, inspect.Fill{Map: "policy", Used: uint64(used), Fits: uint64(room)})
+	for name, s := range d.policies.Sizes() {
+		fills = append(fills, inspect.Fill{Map: name, Used: uint64(s.Used), Fits: uint64(s.Fits)})
+	}
 	slices.SortFunc(fills, func(a, b inspect.Fill) int { return strings.Compare(a.Map, b.Map) })
 	var problems []string
 	for name, err := range d.FailedServices() {
@@ -120,6 +128,9 @@ func (d *Dataplane) Health() (inspect.Health, error) {
 	}
 	for name, why := range d.PolicyProblems() {
 		problems = append(problems, fmt.Sprintf("policy %s: %s", strings.TrimPrefix(name.String(), "/"), why))
+	}
+	if err := d.policies.Stuck(); err != nil {
+		problems = append(problems, fmt.Sprintf("changes of policies and of the pods they name wait: %v", err))
 	}
 	return inspect.NewHealth(fills, problems), nil
 }

@@ -66,14 +66,19 @@ func TestMetrics(t *testing.T) {
 			t.Errorf("%s: %v bytes in %v packets", path, bytes, packets)
 		}
 	}
-	for _, name := range []string{"services", "slots", "backends", "endpoints"} {
+	for _, name := range []string{"services", "slots", "backends", "endpoints", "clients", "node_addresses", "ranges", "policy_slots", "policy_drops"} {
 		if v := n.metric("skep_dataplane_map_pressure", "map", name); v <= 0 || v >= 1 {
 			t.Errorf("pressure of %s is %v", name, v)
 		}
 	}
 	n.metric("skep_dataplane_map_pressure", "map", "conntrack_tcp") // counted at the next collection
 	n.metric("skep_dataplane_map_pressure", "map", "conntrack_udp")
-	n.metric("skep_dataplane_map_pressure", "map", "policy") // default deny has no entries
+	n.metric("skep_dataplane_map_pressure", "map", "policy")                    // default deny has no entries
+	for _, name := range []string{"announced", "source_ranges", "identities"} { // nothing has any
+		if v := n.metric("skep_dataplane_map_pressure", "map", name); v != 0 {
+			t.Errorf("pressure of %s is %v", name, v)
+		}
+	}
 	for _, name := range []string{"skep_dataplane_service_apply_seconds", "skep_dataplane_policy_apply_seconds"} {
 		if n.metric(name) == 0 {
 			t.Errorf("%s has observed nothing", name)

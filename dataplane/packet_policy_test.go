@@ -43,7 +43,7 @@ func (r *policyRig) Pods(string) (out []*policy.Pod) {
 func newPolicyRig(t *testing.T) *policyRig {
 	t.Helper()
 	r := &policyRig{rig: newRig(t), pods: map[types.NamespacedName]*policy.Pod{}, port: 5000}
-	r.table = policy.NewTable(r, policy.Limits{Entries: 1000, Set: 100}, maps.PolicyState{Epoch: 1})
+	r.table = policy.NewTable(r, policy.Limits{Entries: 1000, Set: 100, Blocks: 1000}, maps.PolicyState{Epoch: 1})
 	for i, addrs := range [][2]netip.Addr{podA, podB, podC} {
 		name := types.NamespacedName{Namespace: "ns", Name: string(rune('a' + i))}
 		r.pods[name] = &policy.Pod{Namespace: name.Namespace, Name: name.Name, Labels: labels.Set{"app": name.Name}, Addrs: addrs[:]}

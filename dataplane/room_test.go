@@ -163,3 +163,70 @@ func TestFullMap(t *testing.T) {
 		return err
 	})
 }
+
+// TestFullPolicies: a policy for which the kernel has no room is said in an event, in metrics and in the node's health; those
+// that were there stay in force, and it comes when there is room.
+func TestFullPolicies(t *testing.T) {
+	events := record.NewFakeRecorder(100)
+	n := newNodeOf(t, func(c *Config) { c.Events = events })
+	pods := n.servingPods("a", "b", "c")
+	a, b, c := pods[0], pods[1], pods[2]
+	denied := func(from, to *testPod) {
+		t.Helper()
+		eventually(t, "a peer is denied", func() error {
+			if reaches(from.ns, at(to.v4(), 8080)) {
+				return fmt.Errorf("%s reaches %s", from.Name, to.Name)
+			}
+			return nil
+		})
+	}
+	n.policy(in("b", podPeer("a")))
+	denied(c, b)
+
+	state, err := n.dp.maps.PolicyState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fillers []uint32 // numbers that sets get last
+	for set := state.Epoch<<24 | 0xfffff0; ; set-- {
+		if err := n.dp.maps.CountPolicyDrops(set); err != nil {
+			if !strings.Contains(err.Error(), "map policy_drops is full") {
+				t.Fatal(err)
+			}
+			break
+		}
+		fillers = append(fillers, set)
+	}
+	n.policy(in("c"))
+	for said := false; !said; {
+		e := <-events.Events // `go test` ends a test that waits for ever
+		said = strings.Contains(e, "Warning NotInForce it is not in force: map policy_drops is full")
+	}
+	for _, want := range []string{"policy default/in-c: it is not in force: ", "changes of policies and of the pods they name wait: map policy_drops is full"} {
+		eventually(t, "the health", func() error {
+			h, err := n.dp.Health()
+			if err == nil && !slices.ContainsFunc(h.Troubles(), func(s string) bool { return strings.HasPrefix(s, want) }) {
+				err = fmt.Errorf("%q", h.Troubles())
+			}
+			return err
+		})
+	}
+	if n.metric("skep_dataplane_policy_failures_total") == 0 {
+		t.Error("no failure is counted")
+	}
+	n.answers(a.ns, "tcp", at(b.v4(), 8080), "b")
+	denied(c, b)
+	for _, set := range fillers {
+		if err := n.dp.maps.ForgetPolicyDrops(set); err != nil {
+			t.Fatal(err)
+		}
+	}
+	denied(a, c)
+	eventually(t, "no trouble", func() error {
+		h, err := n.dp.Health()
+		if err == nil && len(h.Problems) > 0 {
+			err = errors.New(strings.Join(h.Problems, ", "))
+		}
+		return err
+	})
+}

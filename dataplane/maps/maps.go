@@ -96,10 +96,32 @@ func (m *Maps) Capacity() map[string]uint32 {
 	return out
 }
 
+// Counted are the maps whose entries Count counts: small ones, which no table of this process counts.
+var Counted = []string{"announced", "clients", "node_addresses", "ranges", "source_ranges"}
+
+// Count counts the entries of a map, by asking the kernel for each.
+func (m *Maps) Count(name string) (n int, err error) {
+	counted := map[string]*ebpf.Map{
+		"announced": m.announced, "clients": m.clients, "node_addresses": m.nodeAddresses, "ranges": m.ranges, "source_ranges": m.sourceRanges,
+	}[name]
+	var key any // nil is before the first
+	for {
+		next, err := counted.NextKeyBytes(key)
+		if err != nil {
+			return 0, fmt.Errorf("map %s: %w", name, err)
+		}
+		if next == nil || n > int(counted.MaxEntries()) { // one that changes meanwhile may start anew
+			return n, nil
+		}
+		key = next
+		n++
+	}
+}
+
 // SetEndpoint makes a pod's address known.
 func (m *Maps) SetEndpoint(a netip.Addr, e Endpoint) error {
 	key := AddressOf(a)
-	if err := m.endpoints.Put(&key, &e); err != nil {
+	if err := full("endpoints", m.endpoints.Put(&key, &e)); err != nil {
 		return fmt.Errorf("endpoint %s: %w", a, err)
 	}
 	return nil
@@ -149,7 +171,7 @@ func (m *Maps) Endpoints() (map[netip.Addr]Endpoint, error) {
 
 // SetClient says who is in a network namespace.
 func (m *Maps) SetClient(cookie uint64, c Client) error {
-	if err := m.clients.Put(&cookie, &c); err != nil {
+	if err := full("clients", m.clients.Put(&cookie, &c)); err != nil {
 		return fmt.Errorf("network namespace %d: %w", cookie, err)
 	}
 	return nil
@@ -203,7 +225,7 @@ func (m *Maps) SetNodeAddresses(want []netip.Addr) error {
 	for _, a := range want {
 		key, one := AddressOf(a), uint32(1)
 		delete(have, key)
-		if err := m.nodeAddresses.Put(&key, &one); err != nil {
+		if err := full("node_addresses", m.nodeAddresses.Put(&key, &one)); err != nil {
 			return fmt.Errorf("node address %s: %w", a, err)
 		}
 	}
@@ -229,7 +251,7 @@ func (m *Maps) SetRanges(want map[netip.Prefix]uint32) error {
 	for p, kind := range want {
 		key := RangeOf(p)
 		keys[key] = true
-		if err := m.ranges.Put(&key, &kind); err != nil {
+		if err := full("ranges", m.ranges.Put(&key, &kind)); err != nil {
 			return fmt.Errorf("range %s: %w", p, err)
 		}
 	}

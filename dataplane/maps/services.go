@@ -207,9 +207,18 @@ func put[K, V any](m *ebpf.Map, name string, keys []K, values []V) error {
 	return full(name, err)
 }
 
+// takers are whose number decides how full a map is.
+var takers = map[string]string{
+	"services": "services or ports of them", "slots": "endpoints of services", "tables": "endpoints of services that are chosen consistently",
+	"backends": "endpoints of services", "source_ranges": "loadBalancerSourceRanges", "announced": "addresses of load balancers, or devices of this node,",
+	"endpoints": "pods on this node", "clients": "pods on this node", "node_addresses": "addresses on the node's devices",
+	"ranges": "ranges of pods and services", "policy": "rules of policies, or kinds of pods that they tell apart,",
+	"identities": "IP blocks in policies, or pods that policies tell apart,", "policy_drops": "combinations of policies on this node's pods",
+}
+
 func full(name string, err error) error {
 	if errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOSPC) {
-		return fmt.Errorf("map %s is full: fewer services or endpoints, or a larger map, are needed: %w", name, err)
+		return fmt.Errorf("map %s is full: fewer %s are needed: %w", name, takers[name], err)
 	}
 	if err != nil {
 		return fmt.Errorf("map %s: %w", name, err)

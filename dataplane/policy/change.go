@@ -186,7 +186,8 @@ func difference(before, after []maps.PolicyEntry) (put []maps.PolicyEntry, gone 
 
 // fits says whether there is room for a set after a change.
 func (t *Table) fits(s *set, c *change) bool {
-	return c.size <= t.limits.Set && len(c.points) <= t.limits.Set && t.entries-s.size+c.size <= t.limits.Entries
+	return c.size <= t.limits.Set && len(c.points) <= t.limits.Set && t.entries-s.size+c.size <= t.limits.Entries &&
+		t.blocks-len(s.points)+len(c.points) <= t.limits.Blocks
 }
 
 // apply writes a change of a set. Rules only come, or only go: then a program that reads one entry before and the next
@@ -204,6 +205,7 @@ func (t *Table) apply(s *set, c *change) {
 	}
 	put, gone := difference(s.anybody, c.anybody)
 	t.entries += c.size - s.size
+	t.blocks += len(c.points) - len(s.points)
 	fresh, dead := s.commit(c)
 	put = append(put, fresh...)
 	for _, id := range concerned {

@@ -44,6 +44,7 @@ type Config struct {
 	Dynamic   dynamic.Interface // for ClusterNetworkPolicies; nil: there are none
 	Kernel    Kernel
 	Limits    Limits
+	Capacity  map[string]uint32    // entries that fit, by map
 	Slots     []uint32             // that pods have which an earlier process attached
 	Events    record.EventRecorder // may be nil
 	Log       *slog.Logger
@@ -68,8 +69,11 @@ type Controller struct {
 	pruned    bool
 	told      map[types.NamespacedName]string // problems with events
 	past      map[dropLabels]uint64           // drops of sets that are gone
+	waiting   map[types.NamespacedName]string // policies whose steps the kernel did not take, and why
+	stuck     error                           // why steps wait; nil if none does
 
-	applied prometheus.Histogram
+	applied  prometheus.Histogram
+	failures prometheus.Counter
 }
 
 // task is an object to look at; without a kind, what is left to be done of earlier ones.
@@ -102,7 +106,7 @@ func NewController(cfg Config) (*Controller, error) {
 	}
 	c := &Controller{
 		cfg: cfg, complete: make(chan struct{}), cluster: &cluster{}, unclaimed: map[uint32]bool{},
-		told: map[types.NamespacedName]string{}, past: map[dropLabels]uint64{}, applied: newApplied(),
+		told: map[types.NamespacedName]string{}, past: map[dropLabels]uint64{}, waiting: map[types.NamespacedName]string{}, applied: newApplied(), failures: newFailures(),
 		queue: workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[task](time.Millisecond, 30*time.Second)),
 	}
 	c.table = NewTable(c.cluster, cfg.Limits, state)
@@ -205,14 +209,30 @@ func (c *Controller) Synced() <-chan struct{} { return c.complete }
 func (c *Controller) Problems() map[types.NamespacedName]string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.table.Problems()
+	return c.problems()
 }
 
-// Entries are how many the policy map holds, and how many may be.
-func (c *Controller) Entries() (used, fits int) {
+func (c *Controller) problems() map[types.NamespacedName]string {
+	all := c.table.Problems()
+	maps.Copy(all, c.waiting)
+	return all
+}
+
+// Stuck says why the kernel does not take what policies ask for; nil if it does. What it took before stays in force.
+func (c *Controller) Stuck() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.table.entries, c.cfg.Limits.Entries
+	return c.stuck
+}
+
+// flush is called with mu held.
+func (c *Controller) flush() error {
+	if c.stuck = c.table.Flush(c.cfg.Kernel); c.stuck != nil {
+		c.failures.Inc()
+		return c.stuck
+	}
+	clear(c.waiting)
+	return nil
 }
 
 // Run follows the API until ctx ends. What is in the kernel stays.
@@ -331,7 +351,11 @@ func (c *Controller) sync(ctx context.Context, t task) error {
 	case oneNode:
 		c.table.SetNodes()
 	}
-	if err := c.table.Flush(c.cfg.Kernel); err != nil {
+	if err := c.flush(); err != nil {
+		if np != nil || wide != nil {
+			c.waiting[t.name] = fmt.Sprintf("it is not in force: %v; what was before it is", err)
+		}
+		c.tell()
 		return err
 	}
 	c.applied.Observe(time.Since(start).Seconds())
@@ -368,12 +392,12 @@ func (c *Controller) collect() error {
 
 // tell reports problems that are new.
 func (c *Controller) tell() {
-	now := c.table.Problems()
+	now := c.problems()
 	for name, text := range now {
 		if c.told[name] == text {
 			continue
 		}
-		c.cfg.Log.Error("network policy denies more than it says", "policy", name, "why", text)
+		c.cfg.Log.Error("network policy is not in force as it is", "policy", name, "why", text)
 		if c.cfg.Events == nil {
 			continue
 		}
@@ -412,7 +436,7 @@ func (c *Controller) Attach(pod Local, has uint32) (slot uint32, err error) {
 	} else {
 		c.table.Expect(slot, pod, sets, has != 0)
 	}
-	if err := c.table.Flush(c.cfg.Kernel); err != nil {
+	if err := c.flush(); err != nil {
 		return 0, err
 	}
 	delete(c.unclaimed, slot)

@@ -164,8 +164,8 @@ func (t *Table) use(d direction, policies []*Policy, l *local) (*set, uint32) {
 	c := s.plan(rules, nil)
 	if !t.fits(s, c) {
 		l.refused[d] = refusal{policies, fmt.Sprintf(
-			"the %s rules of all policies that select it need %d entries and %d IP blocks; %d fit one pod, and %d the node, which has %d already",
-			d, c.size, len(c.points), t.limits.Set, t.limits.Entries, t.entries)}
+			"the %s rules of all policies that select it need %d entries and %d IP blocks; %d fit one pod, and %d and %d the node, which has %d and %d already",
+			d, c.size, len(c.points), t.limits.Set, t.limits.Entries, t.limits.Blocks, t.entries, t.blocks)}
 		return nil, maps.PolicyClosed
 	}
 	t.counter.set, t.sets[key] = counter, s

@@ -76,7 +76,7 @@ func fixture() (*world, *kernel, *Table) {
 		Namespaces: []*corev1.Namespace{{ObjectMeta: metav1.ObjectMeta{Name: "ns", Labels: map[string]string{"team": "a"}}}},
 		Pods:       []*corev1.Pod{pod("local", "10.42.0.1"), pod("remote", "10.42.0.2")},
 	}}
-	table := NewTable(w, Limits{Entries: 100, Set: 50}, maps.PolicyState{Epoch: 1})
+	table := NewTable(w, Limits{Entries: 100, Set: 50, Blocks: 70}, maps.PolicyState{Epoch: 1})
 	table.Attach(1, localOf(w.Cluster.Pods[0]), maps.PolicySets{})
 	return w, newKernel(), table
 }
@@ -86,6 +86,31 @@ func policy(name string, spec networkingv1.NetworkPolicySpec) *networkingv1.Netw
 		spec.PolicyTypes = []networkingv1.PolicyType{networkingv1.PolicyTypeIngress}
 	}
 	return &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: name}, Spec: spec}
+}
+
+// TestBlocksOfTheNode: of the policies of all pods only as many IP blocks are written as the node has room for.
+func TestBlocksOfTheNode(t *testing.T) {
+	_, k, table := fixture() // 50 fit one set, 70 all
+	var peers []networkingv1.NetworkPolicyPeer
+	for i := range 40 {
+		peers = append(peers, networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: fmt.Sprintf("192.0.2.%d/32", i)}})
+	}
+	table.SetPolicy(policy("in", networkingv1.NetworkPolicySpec{Ingress: []networkingv1.NetworkPolicyIngressRule{{From: peers}}}))
+	if problems := table.Problems(); len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	table.SetPolicy(policy("out", networkingv1.NetworkPolicySpec{
+		PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeEgress}, Egress: []networkingv1.NetworkPolicyEgressRule{{To: peers}}}))
+	if err := table.Flush(k); err != nil {
+		t.Fatal(err)
+	}
+	why := table.Problems()[types.NamespacedName{Namespace: "ns", Name: "out"}]
+	if want := "need 1 entries and 40 IP blocks; 50 fit one pod, and 100 and 70 the node, which has 1 and 40 already"; !strings.Contains(why, want) {
+		t.Errorf("%q does not say %q", why, want)
+	}
+	if got := k.slots[1]; got.Egress != maps.PolicyClosed || got.Ingress == maps.PolicyClosed {
+		t.Errorf("sets %+v", got)
+	}
 }
 
 // TestBadPolicies: what makes no sense, or does not fit, closes the pods it selects, and is said.
@@ -291,7 +316,7 @@ func TestCostOfOnePolicy(t *testing.T) {
 	}
 	cost := func(among int) (comes, changes, goes int) {
 		w, k, table := fixture()
-		table.limits = Limits{Entries: 1 << 20, Set: 1 << 16}
+		table.limits = Limits{Entries: 1 << 20, Set: 1 << 16, Blocks: 1 << 20}
 		count := func(change func()) int {
 			before, set := k.writes, k.slots[1].Ingress
 			change()

@@ -27,6 +27,7 @@ type Cluster interface {
 type Limits struct {
 	Entries int // of all sets
 	Set     int // entries or IP blocks of one set, besides pods
+	Blocks  int // IP blocks of all sets
 }
 
 // Table knows what the kernel's maps should hold, and which steps lead there from what they hold.
@@ -57,6 +58,7 @@ type Table struct {
 	locals      map[uint32]*local                   // by slot
 	inherited   map[uint32]maps.PolicySets          // by slot: of an earlier epoch, whose pods are not known yet
 	entries     int
+	blocks      int                // IP blocks of all sets
 	info        map[uint32]SetInfo // of all sets whose drops are counted
 	tallies     map[uint32]tally   // under which names
 	former      []formerSet        // that are gone: events about them may still be unread
@@ -245,6 +247,7 @@ func (t *Table) unuse(s *set) {
 		entries = append(entries, s.written(id)...)
 	}
 	t.entries -= len(entries)
+	t.blocks -= len(s.points)
 	gone := make([]maps.IdentityKey, 0, len(s.points))
 	for _, p := range s.points {
 		gone = append(gone, maps.IdentityKeyOf(s.number, p.prefix))

@@ -277,7 +277,7 @@ func TestTableProperty(t *testing.T) {
 			rng ^= rng << 17
 			return chance > 0 && rng%uint64(chance) == 0
 		}
-		limits := Limits{Entries: 1 << 20, Set: 1 << 16}
+		limits := Limits{Entries: 1 << 20, Set: 1 << 16, Blocks: 1 << 20}
 		for i := range 2 {
 			w.Namespaces = append(w.Namespaces, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint("ns", i), Labels: d.labels("namespace")}})
 		}

@@ -45,8 +45,8 @@ func giveBackMemory(log *slog.Logger) {
 // dropBinaryPages unmaps the read-only pages of the executable. They stay in the page cache, and
 // the next use of one maps it again: after a start that is a third of them (madvise(2),
 // MADV_DONTNEED on a private file mapping). Where the page cache holds the binary in huge pages, as it does for one just
-// written, a use would map 2 MiB, hence MADV_NOHUGEPAGE (Linux 6.12 heeds it for files). A binary that the dynamic linker relocates, as with cgo,
-// is left alone: its read-only pages were written to before they became read-only (RELRO).
+// written, a use would map 2 MiB, hence MADV_NOHUGEPAGE (Linux 6.12 heeds it for files). A binary that the dynamic linker
+// relocates, as with cgo, is left alone: its read-only pages were written to before they became read-only (RELRO).
 func dropBinaryPages() error {
 	if relocated, err := isRelocated("/proc/self/exe"); err != nil || relocated {
 		return err
